@@ -1,0 +1,155 @@
+"""Ray shells of the parameter server and the worker: what Ray starts, a few lines each."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
+from distrain.data.statistics import feature_statistics
+from distrain.errors import ClusterError, ConfigError, DistrainError, LinkError
+from distrain.exchange.link import Address, Hub
+from distrain.learning.model_state import restore_model
+from distrain.learning.models import minimum_rows
+from distrain.learning.task import TaskSpec, build_task
+from distrain.records import Report
+from distrain.server.loop import Loop, LoopSettings, Outcome
+from distrain.server.parameter_server import ParameterServer
+from distrain.server.reports import Reports
+from distrain.worker import Source, Worker
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What server and workers are built from. `search_path` is where the user's modules are looked up."""
+
+    task: TaskSpec
+    train: Source
+    validation: Source | None
+    token: str
+    search_path: tuple[str, ...]
+
+    def prepare_process(self, num_threads: int) -> None:
+        """Make this process ready: thread count, and where the user's code lies."""
+        torch.set_num_threads(num_threads)
+        sys.path[:0] = [path for path in self.search_path if path not in sys.path]
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """What only the server needs to know about a run."""
+
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig | None
+    clip: ClipConfig | None
+    loop: LoopSettings
+    num_threads: int
+    spans_nodes: bool
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint's content."""
+
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The server listens."""
+
+    address: Address
+    num_parameters: int
+
+
+class ServerActor:
+    """The parameter server's process: `prepare`, then `run`; the rest may be called meanwhile."""
+
+    def __init__(self) -> None:
+        self._reports = Reports()
+        self._loop: Loop | None = None
+        self._stop_reason: str | None = None
+
+    def prepare(self, run: RunSpec, update: UpdateSpec, restored: Restored | None) -> Ready:
+        """Build the model and listen for workers."""
+        run.prepare_process(update.num_threads)
+        task = run.task
+        statistics = feature_statistics(run.train.dataset) if task.standardize and restored is None else None
+        built = build_task(task, statistics)
+        needed = minimum_rows(built.model)
+        if run.train.plan.smallest_microbatch < needed:
+            raise ConfigError(
+                f"the smallest microbatch of an epoch has {run.train.plan.smallest_microbatch} rows, and the model's "
+                f"batch normalization needs {needed}: choose another batch_size or fewer shards"
+            )
+        server = ParameterServer(built.model, update.optimizer, update.schedule, update.clip)
+        host = ray.util.get_node_ip_address() if update.spans_nodes else None
+        hub = Hub(run.token, host)
+        self._update, self._loop = (
+            update,
+            Loop(
+                server,
+                hub,
+                run.train.plan,
+                update.loop,
+                self._reports,
+                built.metrics,
+                run.validation.plan if run.validation is not None else None,
+            ),
+        )
+        if restored is not None:
+            restore_model(built.model, restored.model)
+            server.published.store_buffers(built.model)
+            self._loop.restore(restored.step, restored.state, restored.optimizer)
+        return Ready(hub.address, sum(p.numel() for p in built.model.parameters()))
+
+    def run(self) -> Outcome:
+        """Train to the end."""
+        assert self._loop is not None
+        torch.set_num_threads(self._update.num_threads)  # each of Ray's threads has a count of its own
+        if self._stop_reason is not None:
+            self._loop.stop(self._stop_reason)
+        return self._loop.run()
+
+    def poll(self) -> Report:
+        return self._reports.drain()
+
+    def take_snapshot(self) -> Any:
+        return self._reports.take_snapshot()
+
+    def stop(self, reason: str) -> None:
+        self._stop_reason = reason
+        if self._loop is not None:
+            self._loop.stop(reason)
+
+    def abort(self, error: DistrainError) -> None:
+        if self._loop is not None:
+            self._loop.abort(error)
+
+
+class WorkerActor:
+    """A worker's process."""
+
+    def run(self, rank: int, run: RunSpec, ready: Ready, server_node: str, num_threads: int) -> None:
+        """Join the server and serve it to the end."""
+        run.prepare_process(num_threads)
+        task = build_task(run.task)
+        worker = Worker(rank, task.model, task.loss, task.metrics, run.train, run.validation, run.task.seed)
+        same_node = ray.get_runtime_context().get_node_id() == server_node
+        worker.join(ready.address, same_node, run.token)
+        worker.run()
+
+
+def worker_failure(error: Exception) -> str:
+    """One line on why a worker's call ended."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, LinkError | ClusterError):
+        return cause.message
+    return " ".join(str(cause).split())[:300] or type(cause).__name__

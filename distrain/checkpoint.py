@@ -1,0 +1,304 @@
+"""Checkpoints on disk: write, verify, find, load, compare. Never runs code out of one, and needs no torch to write one.
+
+A run's folder holds `step-00000500/{model.safetensors, optimizer.safetensors, manifest.json}` for each checkpoint and
+`best.json`, which names the best of them. A checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distrain import __version__
+from distrain.durable import remove_folder, remove_leftovers, replaced, write_file, write_folder
+from distrain.errors import CheckpointError
+from distrain.manifest import FORMAT, MANIFEST, read_manifest, redacted, seal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL, OPTIMIZER, BEST = "model.safetensors", "optimizer.safetensors", "best.json"
+
+# What may change when a run is resumed. Every other key decides the weights that come out. (Paths of data sets are
+# free, since the data sets themselves are compared by fingerprint.)
+FREE_KEYS = (
+    "workers", "epochs", "max_steps", "checkpoint", "tracking", "cluster", "validation", "early_stopping",
+    "convergence", "server.threads", "server.slices", "data.train", "data.validation",
+)  # fmt: skip
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state after update `step`, as the server hands it out."""
+
+    step: int
+    epoch: int
+    model: bytes  # safetensors
+    optimizer: bytes  # safetensors
+    state: dict[str, Any]  # JSON-able: schedule, optimizer scalars, early stopping, best metric
+    metrics: dict[str, float] = field(default_factory=dict)  # validation metrics measured at this step, or none
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, verified."""
+
+    path: Path
+    manifest: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint, and why newer ones were passed over (one line each)."""
+
+    path: Path
+    skipped: tuple[str, ...] = ()
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in the folder `<checkpoint.dir>/<run_name>`.
+
+    Keeps the last `keep` of them, and the best by the validation metric `metric`.
+    """
+
+    def __init__(
+        self, directory: str | Path, keep: int = 3, metric: str = "loss", higher_is_better: bool = False
+    ) -> None:
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep is {keep}: at least 1 checkpoint has to be kept")
+        self.directory = Path(directory)
+        self.keep = keep
+        self.metric = metric
+        self.higher_is_better = higher_is_better
+
+    def write(self, snapshot: Snapshot, manifest_fields: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, mark the best, remove what is no longer kept. Return the checkpoint's folder.
+
+        `manifest_fields` are JSON-able: step_in_epoch, epoch_finished, run_name, mlflow_run_id, tracking_uri, config
+        (resolved, nested), data ({"train": fingerprint, "validation": fingerprint}), features, labels, num_features,
+        num_outputs, torch (threads and versions, which bits depend on). Passwords in URIs are taken out of them.
+
+        Raises CheckpointError with path and reason (disk full, no permission); nothing half-written is left then.
+        """
+        path = self.directory / f"step-{snapshot.step:08d}"
+        files = {MODEL: snapshot.model, OPTIMIZER: snapshot.optimizer}
+        manifest = {
+            "format": FORMAT,
+            "distrain_version": __version__,
+            "step": snapshot.step,
+            "epoch": snapshot.epoch,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **redacted(manifest_fields),
+            "state": snapshot.state,
+            "metrics": snapshot.metrics,
+            "files": {
+                name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+                for name, content in files.items()
+            },
+        }
+        files[MANIFEST] = seal(manifest)
+        try:
+            if self.directory.is_dir():
+                remove_leftovers(self.directory)
+            write_folder(path, files)
+            self._prune(newest=path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
+        return path
+
+    def latest(self) -> Found | None:
+        """Return the newest checkpoint that verifies, None where the run has none. Raises where all are damaged."""
+        return newest_valid(self.directory) if _checkpoints(self.directory) else None
+
+    def _prune(self, newest: Path) -> None:
+        """Mark the best checkpoint, remove all but it, the last `keep` and `newest`, which was just written."""
+        readable = {}
+        for path in _checkpoints(self.directory):
+            try:
+                readable[path] = read_manifest(path)
+            except CheckpointError:
+                continue  # a damaged one neither counts as kept nor is removed: a person may want to look at it
+        kept = {newest, *list(readable)[: self.keep]}
+        values = {path: manifest["metrics"].get(self.metric, math.nan) for path, manifest in readable.items()}
+        values = {path: value for path, value in values.items() if math.isfinite(value)}
+        if values:
+            better = max if self.higher_is_better else min
+            best = better(reversed(values), key=values.__getitem__)  # the oldest of equal ones
+            marker = {"checkpoint": best.name, "metric": self.metric, "value": values[best]}
+            write_file(self.directory / BEST, json.dumps(marker).encode())
+            kept.add(best)
+        for path in readable:
+            if path not in kept:
+                remove_folder(path)
+
+
+def find(reference: str | Path, root: str | Path = "checkpoints") -> Found:
+    """Find the checkpoint that a person means, and verify it.
+
+    `reference` is a checkpoint's folder, a run's folder (the newest valid checkpoint in it; with `/best` behind it, the
+    best), or a run's name or MLflow run id to be found under `root`, the folder of all runs. Raises CheckpointError:
+    nothing like it (did you mean), the checkpoint named is damaged, or all of the run's are.
+    """
+    root = Path(root)
+    given = Path(reference).expanduser()
+    for path in (given, root / given):
+        if path.name == "best" and path.parent.is_dir() and not path.is_dir():
+            return _best(path.parent)
+        if path.is_dir():
+            return _in_folder(path)
+    for run in _runs(root):
+        for path in _checkpoints(run):
+            try:
+                manifest = read_manifest(path)
+            except CheckpointError:
+                continue
+            if str(reference) in (manifest.get("mlflow_run_id"), manifest.get("run_name")):
+                return newest_valid(run)
+            break
+    names = [run.name for run in _runs(root)]
+    near = get_close_matches(str(reference).removeprefix(f"{root}/"), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {root / near[0]}?" if near else f"; runs there: {', '.join(names[:10])}" if names else ""
+    raise CheckpointError(f"{reference}: no such checkpoint, run or MLflow run id under {root}{hint}")
+
+
+def newest_valid(run: Path) -> Found:
+    """Return the newest checkpoint of a run's folder that verifies. Raises CheckpointError where none does."""
+    skipped: list[str] = []
+    for path in _checkpoints(run):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            skipped.append(error.message)
+        else:
+            return Found(path, tuple(skipped))
+    if not skipped:
+        raise CheckpointError(f"{run}: no checkpoint in this folder")
+    raise CheckpointError(f"{run}: no checkpoint in it can be used:\n" + "\n".join(f"  {line}" for line in skipped))
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Check every byte of a checkpoint against its manifest; return the manifest.
+
+    Raises CheckpointError naming the file that is missing, unreadable, of the wrong size or damaged.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name in (MODEL, OPTIMIZER):
+        file, expected = path / name, manifest["files"][name]
+        try:
+            num_bytes = file.stat().st_size
+            if num_bytes != expected["bytes"]:
+                raise CheckpointError(f"{file}: damaged: {num_bytes} bytes, {expected['bytes']} were written")
+            with open(file, "rb") as content:
+                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        if sha256 != expected["sha256"]:
+            raise CheckpointError(f"{file}: damaged: its content does not match its SHA-256")
+    return manifest
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Verify a checkpoint and return its manifest and CPU tensors by name. Raises CheckpointError as `verify` does."""
+    from safetensors import SafetensorError  # here, since whoever only writes need not wait for torch
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    manifest = verify(path)
+    try:
+        return Checkpoint(path, manifest, load_file(path / MODEL), load_file(path / OPTIMIZER))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def check_resumable(
+    manifest: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str | None]
+) -> None:
+    """Raise CheckpointError, naming each, where what decides the result differs from the checkpoint's run.
+
+    `config` is the resolved configuration, nested, as JSON has it; `shards: null` in it means the checkpoint's.
+    `fingerprints` are those of the data sets "train" and "validation". `FREE_KEYS` may change, and so may a data set's
+    path: what counts is what is in it.
+    """
+    old, new = _flat(manifest["config"]), _flat(redacted(config))
+    if old.get("shards") is None:
+        old["shards"] = old.get("workers.count")
+    if new.get("shards") is None:
+        new["shards"] = old["shards"]
+    problems = [
+        f"{key}: {old.get(key)!r} in the checkpoint, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+    problems += [
+        f"data.{name}: the {name} data has changed (files, rows or columns) since the checkpoint was written"
+        for name, fingerprint in manifest["data"].items()
+        if fingerprint and fingerprints.get(name) and fingerprint != fingerprints[name]
+    ]
+    if problems:
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise CheckpointError(f"the run cannot be resumed, since this decides its result:\n{lines}")
+
+
+def _best(run: Path) -> Found:
+    try:
+        name = json.loads((run / BEST).read_bytes())["checkpoint"]
+        path = run / Path(name).name
+    except (OSError, ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{run}: no best checkpoint is marked in it, since no validation was done") from None
+    verify(path)
+    return Found(path)
+
+
+def _in_folder(path: Path) -> Found:
+    """The checkpoint meant by a folder: itself, a run's newest, or that of the only run in it."""
+    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error.message}\n  name the run's folder, {path.parent}, to use another one"
+            ) from error
+        return Found(path)
+    runs = [] if _checkpoints(path) else _runs(path)
+    if len(runs) > 1:
+        raise CheckpointError(f"{path}: holds several runs, name one: {', '.join(run.name for run in runs)}")
+    return newest_valid(runs[0] if runs else path)
+
+
+def _runs(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and _checkpoints(path)) if root.is_dir() else []
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest (highest step) first, verified or not."""
+    if not run.is_dir():
+        return []
+    here = {path.name: path for path in run.iterdir() if path.is_dir()} | dict(replaced(run))
+    steps = {int(match[1]): path for name, path in here.items() if (match := _STEP.fullmatch(name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole, and so do empty mappings and nulls count as absent."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif value is not None:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,310 @@
+"""A data set of Parquet files: footers at the start, rows when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distrain.config import DataConfig
+from distrain.data.columns import Batch, Columns, Location, is_number, is_number_list
+from distrain.data.files import filesystem, find_files
+from distrain.errors import DataError
+
+_FOOTER_THREADS = 8
+_BATCH_BYTES = 2 << 20  # of one decoded batch: small enough for the cache
+_BUFFER_BYTES = 1 << 20
+_READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One Parquet file, from its footer."""
+
+    path: str
+    size_bytes: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group: in which file (by number), which one there, and how large."""
+
+    file: int
+    index: int
+    num_rows: int
+    num_bytes: int
+    label_min: int | None = None  # of one integer label column, where the footer says
+    label_max: int | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Parquet files read as one. Small: it travels to every worker, and each opens the files itself."""
+
+    source: str
+    files: tuple[DataFile, ...]
+    row_groups: tuple[RowGroup, ...]
+    columns: Columns
+    fingerprint: str
+
+    @cached_property
+    def row_counts(self) -> tuple[int, ...]:
+        """Rows of each row group, over all files in order."""
+        return tuple(group.num_rows for group in self.row_groups)
+
+    @cached_property
+    def num_rows(self) -> int:
+        return sum(self.row_counts)
+
+    @cached_property
+    def label_range(self) -> tuple[int, int] | None:
+        """Least and greatest value of an integer label, if every footer gives them."""
+        lows = [g.label_min for g in self.row_groups if g.num_rows]
+        highs = [g.label_max for g in self.row_groups if g.num_rows]
+        if any(value is None for value in [*lows, *highs]):
+            return None
+        return min(v for v in lows if v is not None), max(v for v in highs if v is not None)
+
+    def label_place(self, value: int) -> str:
+        """File and row group where the footers show this least or greatest label."""
+        group = next(g for g in self.row_groups if value in (g.label_min, g.label_max))
+        return str(Location(self.files[group.file].path, group.index))
+
+    def place(self, row_group: int) -> Location:
+        """Where a row group lies."""
+        group = self.row_groups[row_group]
+        return Location(self.files[group.file].path, group.index)
+
+    def read(self, row_group: int, start: int, stop: int) -> Iterator[Batch]:
+        """Rows [start, stop) of a row group, in order, as batches of tensors of a few MB.
+
+        Only the columns needed are read. Raises DataError naming file, row group and column.
+        """
+        group = self.row_groups[row_group]
+        file = self.files[group.file]
+        where = Location(file.path, group.index)
+        position = 0
+        try:
+            for batch in self._batches(file, group):
+                first = max(start, position)
+                position += batch.num_rows
+                if position <= first:
+                    continue
+                count = min(stop, position) - first
+                if count > 0:
+                    rows = batch.slice(first - (position - batch.num_rows), count)
+                    yield self.columns.to_tensors(rows, Location(file.path, group.index, first))
+                if position >= stop and stop < group.num_rows:
+                    return
+        except _READ_ERRORS as error:
+            raise DataError(f"{where}: cannot be read: {_said(error)}") from error
+        if position != group.num_rows:
+            raise DataError(f"{where}: the footer says {group.num_rows} rows, and {position} came: the file is damaged")
+
+    def _batches(self, file: DataFile, group: RowGroup) -> Iterator[pa.RecordBatch]:
+        files, path = filesystem(file.path)
+        with files.open_input_file(path) as source:
+            if source.size() != file.size_bytes:
+                raise DataError(
+                    f"{file.path}: {source.size()} bytes now, {file.size_bytes} when the run started: the file was "
+                    "replaced while training"
+                )
+            parquet = pq.ParquetFile(
+                source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+            )
+            row_bytes = max(1, group.num_bytes // max(1, group.num_rows))
+            batch_rows = max(256, min(65536, _BATCH_BYTES // row_bytes))
+            yield from parquet.iter_batches(
+                batch_rows, row_groups=[group.index], columns=list(self.columns.read), use_threads=False
+            )
+
+
+def open_dataset(
+    paths: str | list[str], data: DataConfig, like: Dataset | None = None, with_labels: bool = True
+) -> Dataset:
+    """Open a data set by reading every file's footer.
+
+    `like`: a data set whose columns this one must have (validation has the training set's). `with_labels=False` opens
+    rows without their label, for prediction. Raises DataError naming file and column.
+    """
+    found = find_files(paths)
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda entry: _footer(entry[0]), found))
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    first_path, first = found[0][0], schemas[0]
+    columns = like.columns if like is not None else _choose(first, first_path, data, with_labels)
+    wanted = columns.read if with_labels else columns.features
+    for (path, _), schema in zip(found, schemas, strict=True):
+        _compare(path, schema, dict(columns.types), wanted, first_path if like is None else like.files[0].path)
+    if not with_labels:
+        columns = Columns(columns.features, (), columns.types, columns.num_features, columns.feature_list,
+                          transform=columns.transform)  # fmt: skip
+    label = columns.labels[0] if len(columns.labels) == 1 and columns.label_is_integer else None
+    files = tuple(
+        DataFile(path, size, footer.num_rows) for (path, size), footer in zip(found, footers, strict=True)
+    )
+    groups = tuple(
+        _row_group(number, footer, index, columns, label)
+        for number, footer in enumerate(footers)
+        for index in range(footer.num_row_groups)
+    )
+    source = paths if isinstance(paths, str) else ", ".join(paths)
+    dataset = Dataset(source, files, groups, columns, _fingerprint(files, groups, columns))
+    if dataset.num_rows == 0:
+        raise DataError(f"{source}: {len(files)} files, and no rows in them")
+    if columns.feature_list and columns.num_features is None:
+        columns = _with_width(dataset)
+        dataset = Dataset(source, files, groups, columns, dataset.fingerprint)
+    return dataset
+
+
+def _footer(path: str) -> pq.FileMetaData:
+    files, inner = filesystem(path)
+    try:
+        with files.open_input_file(inner) as source:
+            return pq.read_metadata(source)
+    except _READ_ERRORS as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_said(error)}") from error
+
+
+def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -> Columns:
+    """Features and labels, from the first file's schema."""
+    labels = (data.label,) if isinstance(data.label, str) else tuple(data.label)
+    if with_labels:
+        for name in labels:
+            _check_there(schema, name, path, "data.label")
+    features = _features(schema, path, data, labels)
+    kinds = {name: schema.field(name).type for name in (*features, *labels) if name in schema.names}
+    is_list = False
+    width: int | None = len(features)
+    if data.transform is None:
+        is_list = len(features) == 1 and is_number_list(kinds[features[0]])
+        for name in features:
+            if not is_list and not is_number(kinds[name]):
+                hint = "; a list column must be the only feature" if is_number_list(kinds[name]) else ""
+                raise DataError(
+                    f"{path}: column {name!r} is {kinds[name]}: features are integer, float or bool columns, or one "
+                    f"list column of them{hint}"
+                )
+        for name in labels if with_labels else ():
+            if not is_number(kinds[name]):
+                raise DataError(f"{path}: column {name!r} is {kinds[name]}: a label is an integer, float or bool")
+    if data.transform is not None:
+        width = None
+    elif is_list:
+        fixed = pa.types.is_fixed_size_list(kinds[features[0]])
+        width = kinds[features[0]].list_size if fixed else None
+    return Columns(
+        features=features,
+        labels=labels,
+        types=tuple((name, str(kind)) for name, kind in kinds.items()),
+        num_features=width,
+        feature_list=is_list,
+        label_is_integer=len(labels) == 1 and with_labels and bool(pa.types.is_integer(kinds[labels[0]])),
+        transform=data.transform,
+    )
+
+
+def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The feature columns that the configuration names."""
+    others = [name for name in schema.names if name not in labels]
+    if data.features is None:
+        chosen = [n for n in others if data.transform is not None or is_number(schema.field(n).type)]
+        if not chosen:
+            raise DataError(f"{path}: no integer, float or bool column beside the label; name one in data.features")
+    elif isinstance(data.features, str) and set("*?[") & set(data.features):
+        chosen = [name for name in others if fnmatch(name, data.features)]
+        if not chosen:
+            raise DataError(f"{path}: data.features {data.features!r} matches none of the columns {_listed(others)}")
+    else:
+        chosen = [data.features] if isinstance(data.features, str) else list(data.features)
+    for name in chosen:
+        _check_there(schema, name, path, "data.features")
+        if name in labels:
+            raise DataError(f"{path}: column {name!r} is both a feature and the label")
+        if chosen.count(name) > 1:
+            raise DataError(f"{path}: data.features names column {name!r} more than once")
+    return tuple(chosen)
+
+
+def _check_there(schema: pa.Schema, name: str, path: str, key: str) -> None:
+    count = schema.names.count(name)
+    if count == 0:
+        near = get_close_matches(name, schema.names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_listed(schema.names)}"
+        raise DataError(f"{path}: no column {name!r} ({key}){hint}")
+    if count > 1:
+        raise DataError(f"{path}: column {name!r} is there {count} times; names must be unique")
+
+
+def _compare(path: str, schema: pa.Schema, types: dict[str, str], wanted: tuple[str, ...], first: str) -> None:
+    """Every file must have the columns, with the first file's types: pyarrow would fill in nulls or cast."""
+    for name in wanted:
+        _check_there(schema, name, path, f"as in {first}")
+        kind = str(schema.field(name).type)
+        if kind != types[name]:
+            raise DataError(f"{path}: column {name!r} is {kind}, and {types[name]} in {first}")
+
+
+def _row_group(file: int, footer: pq.FileMetaData, index: int, columns: Columns, label: str | None) -> RowGroup:
+    group = footer.row_group(index)
+    num_bytes, low, high = 0, None, None
+    wanted = set(columns.read)
+    for number in range(group.num_columns):
+        column = group.column(number)
+        name = column.path_in_schema.split(".")[0]
+        if name in wanted or column.path_in_schema in wanted:
+            num_bytes += column.total_uncompressed_size
+        if column.path_in_schema == label:
+            statistics = column.statistics
+            if statistics is not None and statistics.has_min_max:
+                low, high = int(statistics.min), int(statistics.max)
+    return RowGroup(file, index, group.num_rows, num_bytes, low, high)
+
+
+def _with_width(dataset: Dataset) -> Columns:
+    """The columns with the list's width, which only the first row knows."""
+    columns = dataset.columns
+    group = next(g for g in dataset.row_groups if g.num_rows)
+    file = dataset.files[group.file]
+    files, path = filesystem(file.path)
+    name = columns.features[0]
+    where = Location(file.path, group.index)
+    try:
+        with files.open_input_file(path) as source:
+            parquet = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+            batch = next(parquet.iter_batches(1, row_groups=[group.index], columns=[name], use_threads=False))
+        first = batch.column(0)[0].as_py()
+    except _READ_ERRORS as error:
+        raise DataError(f"{where}, column {name!r}: cannot be read: {_said(error)}") from error
+    if not first:
+        raise DataError(f"{where}, column {name!r}, row 0: {'null' if first is None else 'an empty list'}")
+    return Columns(columns.features, columns.labels, columns.types, len(first), True, columns.label_is_integer,
+                   columns.transform)  # fmt: skip
+
+
+def _fingerprint(files: tuple[DataFile, ...], groups: tuple[RowGroup, ...], columns: Columns) -> str:
+    """SHA-256 over names, sizes and rows of the files and the columns read: the same rows in the same order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.path.partition('?')[0].rsplit('/', 1)[-1]} {file.size_bytes} {file.num_rows}\n".encode())
+    digest.update(" ".join(str(group.num_rows) for group in groups).encode())
+    digest.update(repr(columns.types).encode())
+    return digest.hexdigest()
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:10])
+    return f"{shown}, ... ({len(names)} columns)" if len(names) > 10 else shown
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

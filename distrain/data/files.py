@@ -1,0 +1,99 @@
+"""Finds Parquet files: files, folders, globs and lists of them, on this machine or behind a URI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+from pyarrow import fs
+
+from distrain.errors import DataError
+
+_GLOB = frozenset("*?[")
+
+
+def filesystem(source: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it. Local paths become absolute."""
+    if "://" not in source:
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(source))
+    try:
+        found, path = fs.FileSystem.from_uri(source)
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise DataError(f"{source}: not a path or URI that can be read: {_first_line(error)}") from error
+    return found, path
+
+
+def find_files(sources: str | Iterable[str]) -> list[tuple[str, int]]:
+    """The Parquet files that `sources` name, as (path or URI, bytes), in a fixed order.
+
+    Raises DataError for a path that is missing, an empty folder, or a glob that matches nothing.
+    """
+    found: list[tuple[str, int]] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        found += _find(source)
+    paths = [path for path, _ in found]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise DataError(f"{path}: named more than once; its rows would count twice")
+    return found
+
+
+def _find(source: str) -> list[tuple[str, int]]:
+    # A URI's query (an endpoint, a region) belongs to the file system, and every file's URI needs it again.
+    base, question, query = source.partition("?") if "://" in source else (source, "", "")
+    is_glob = bool(_GLOB & set(base))
+    root = _before_glob(base) if is_glob else base
+    files, path = filesystem(root + question + query)
+    prefix = root.partition("://")[0] + "://" if "://" in root else ""
+
+    def uri(found: str) -> str:
+        return prefix + found + question + query
+
+    try:
+        info = files.get_file_info(path)
+        if info.type == fs.FileType.File and not is_glob:
+            return [(uri(info.path), info.size)]
+        if info.type == fs.FileType.NotFound and not is_glob:
+            raise DataError(f"{source}: no such file or folder")
+        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+        entries = [entry for entry in files.get_file_info(selector) if entry.type == fs.FileType.File]
+    except OSError as error:
+        raise DataError(f"{source}: cannot be listed: {_first_line(error)}") from error
+    if is_glob:
+        pattern = filesystem(base + question + query)[1] if prefix == "" else path.rstrip("/") + base[len(root) :]
+        entries = [entry for entry in entries if _matches(entry.path, pattern)]
+        if not entries:
+            raise DataError(f"{source}: matches no file")
+    else:
+        # What starts with _ or . is bookkeeping of whoever wrote the folder, by Parquet's convention.
+        entries = [e for e in entries if not any(p[0] in "_." for p in PurePosixPath(e.path[len(path) :]).parts[1:])]
+        if not entries:
+            raise DataError(f"{source}: the folder holds no files")
+    return sorted((uri(entry.path), entry.size) for entry in entries)
+
+
+def _before_glob(path: str) -> str:
+    """The part of a path before the first component with a wildcard."""
+    parts = path.split("/")
+    fixed = next(index for index, part in enumerate(parts) if _GLOB & set(part))
+    return "/".join(parts[:fixed]) or ("/" if path.startswith("/") else ".")
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Component by component, so that * does not cross folders; ** does."""
+    return _match(path.split("/"), pattern.split("/"))
+
+
+def _match(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_match(parts[skip:], patterns[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatch(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,181 @@
+"""Which rows make up microbatch (epoch, step, shard). Pure: row counts and a seed, no I/O.
+
+Epoch e permutes the row groups of all files with (seed, e) and lays their rows end to end: one line of N rows. Shard k
+is the span [kN/S, (k+1)N/S). Inside a shard, consecutive row groups form windows of about `shuffle_rows` rows, each
+permuted with (seed, e, k, window). Microbatch (t, k) is the t-th cut of shard k.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+_REMEMBERED = 64  # windows of so many (epoch, shard)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [start, stop) of one row group, counted over all files in order."""
+
+    row_group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive pieces of a shard that are shuffled together. `start` is its first row within the shard."""
+
+    index: int
+    start: int
+    num_rows: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Deals the rows of every epoch out to steps and shards.
+
+    `row_counts` are the rows of each row group; `batch_size` the rows of a step, over all shards.
+    """
+
+    row_counts: tuple[int, ...]
+    batch_size: int
+    num_shards: int
+    shuffle_rows: int = 65536
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_shards", "shuffle_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.num_rows:
+            raise ValueError("a plan needs at least one row")
+
+    @cached_property
+    def num_rows(self) -> int:
+        return sum(self.row_counts)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, step in the epoch) of a step counted from 0 over all epochs."""
+        return divmod(step, self.steps_per_epoch)
+
+    def shard_rows(self, shard: int) -> int:
+        """Rows of a shard in every epoch."""
+        start, stop = self._span(shard)
+        return stop - start
+
+    def cut(self, step_in_epoch: int, shard: int) -> tuple[int, int]:
+        """Rows [start, stop) of the shard that make up microbatch (step_in_epoch, shard).
+
+        Steps deal rows to the shards like cards, the larger shards first, so that a step's microbatches differ by at
+        most one row and add up to the batch size.
+        """
+        return self._given(step_in_epoch, shard), self._given(step_in_epoch + 1, shard)
+
+    @cached_property
+    def smallest_microbatch(self) -> int:
+        """The fewest rows of any microbatch that has any."""
+        last = self.num_rows - (self.steps_per_epoch - 1) * self.batch_size
+        sizes = [rows // self.num_shards or 1 for rows in (min(self.batch_size, self.num_rows), last)]
+        return min(sizes)
+
+    def windows(self, epoch: int, shard: int) -> tuple[Window, ...]:
+        """The windows of a shard in one epoch, in order."""
+        key = (epoch, shard)
+        if key not in self._windows:
+            while len(self._windows) >= _REMEMBERED:
+                self._windows.pop(next(iter(self._windows)))
+            self._windows[key] = self._cut_windows(epoch, shard)
+        return self._windows[key]
+
+    def order(self, epoch: int, shard: int, window: Window) -> NDArray[np.int64]:
+        """The order in which a window's rows are given out: int64 [num_rows]."""
+        if not self.shuffle:
+            return np.arange(window.num_rows)
+        seed = np.random.SeedSequence([self.seed, epoch, shard, window.index])
+        return np.random.Generator(np.random.PCG64(seed)).permutation(window.num_rows)
+
+    def slices(self, epoch: int, step_in_epoch: int, shard: int) -> list[tuple[Window, int, int]]:
+        """(window, start, stop): the positions in each window's order that make up the microbatch."""
+        start, stop = self.cut(step_in_epoch, shard)
+        windows = self.windows(epoch, shard)
+        slices: list[tuple[Window, int, int]] = []
+        index = bisect_right(windows, start, key=lambda window: window.start) - 1
+        while start < stop:
+            window = windows[index]
+            end = min(stop, window.start + window.num_rows)
+            slices.append((window, start - window.start, end - window.start))
+            start, index = end, index + 1
+        return slices
+
+    @cached_property
+    def _windows(self) -> dict[tuple[int, int], tuple[Window, ...]]:
+        """The windows asked for last, since every step asks again."""
+        return {}
+
+    def _span(self, shard: int) -> tuple[int, int]:
+        return shard * self.num_rows // self.num_shards, (shard + 1) * self.num_rows // self.num_shards
+
+    @cached_property
+    def _ranks(self) -> tuple[int, ...]:
+        """Each shard's place in the dealing: larger shards first."""
+        order = sorted(range(self.num_shards), key=lambda shard: (-self.shard_rows(shard), shard))
+        ranks = [0] * self.num_shards
+        for rank, shard in enumerate(order):
+            ranks[shard] = rank
+        return tuple(ranks)
+
+    def _given(self, num_steps: int, shard: int) -> int:
+        """Rows that a shard has given after so many steps of an epoch."""
+        dealt = min(num_steps * self.batch_size, self.num_rows)
+        return (dealt + self.num_shards - 1 - self._ranks[shard]) // self.num_shards
+
+    def _line(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epoch's row groups in their order, and where each starts in the line (one more entry: its end)."""
+        order = np.arange(len(self.row_counts))
+        if self.shuffle:
+            seed = np.random.SeedSequence([self.seed, epoch])
+            order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.row_counts))
+        return order, np.concatenate([[0], np.cumsum(np.asarray(self.row_counts, dtype=np.int64)[order])])
+
+    def _cut_windows(self, epoch: int, shard: int) -> tuple[Window, ...]:
+        windows: list[Window] = []
+        pieces: list[Piece] = []
+        held = given = 0
+        for piece in self._pieces(epoch, shard):
+            pieces.append(piece)
+            held += piece.stop - piece.start
+            if held >= self.shuffle_rows:
+                windows.append(Window(len(windows), given, held, tuple(pieces)))
+                given, pieces, held = given + held, [], 0
+        if pieces:
+            windows.append(Window(len(windows), given, held, tuple(pieces)))
+        return tuple(windows)
+
+    def _pieces(self, epoch: int, shard: int) -> Iterator[Piece]:
+        """The shard's span as pieces of row groups. One much larger than a window is split evenly: windows are held
+        in memory."""
+        order, starts = self._line(epoch)
+        first, stop = self._span(shard)
+        place = int(np.searchsorted(starts, first, side="right")) - 1
+        while first < stop:
+            base, end = int(starts[place]), min(stop, int(starts[place + 1]))
+            rows = end - first
+            parts = max(1, round(rows / self.shuffle_rows)) if rows > 2 * self.shuffle_rows else 1
+            cuts = [first - base + rows * part // parts for part in range(parts + 1)]
+            for lower, upper in pairwise(cuts):
+                if lower < upper:
+                    yield Piece(int(order[place]), lower, upper)
+            first, place = end, place + 1

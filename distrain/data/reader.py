@@ -1,0 +1,221 @@
+"""One shard's microbatches, read ahead a window at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distrain.data.plan import Piece, Plan, Window
+
+Batch = dict[str, Tensor]
+_Key = tuple[int, int]  # (epoch, window)
+
+
+class Rows(Protocol):
+    """What a reader needs of a data set."""
+
+    def read(self, row_group: int, start: int, stop: int) -> Iterator[Batch]:
+        """Rows [start, stop) of a row group, as batches of tensors [rows, ...]."""
+
+
+@dataclass
+class _Loaded:
+    """A window in memory: its rows as they lie in the files, and the order in which they are given out."""
+
+    buffer: Batch  # the memory, enough for the largest window so far
+    rows: Batch  # its first rows
+    order: Tensor
+
+
+class Reader:
+    """Gives out microbatches of one shard.
+
+    A thread loads windows ahead, across the end of an epoch too; at most two are in memory. Asking for microbatches in
+    order waits for I/O only when the thread falls behind; any other position is sought by loading its window.
+    """
+
+    def __init__(self, dataset: Rows, plan: Plan, shard: int) -> None:
+        self._plan = plan
+        self._shard = shard
+        self._loader = _Loader(dataset, plan, shard)
+
+    def microbatch(self, epoch: int, step_in_epoch: int) -> Batch:
+        """The rows of one microbatch, as fresh tensors [rows, ...]; only an empty "label" where it has no rows.
+
+        Raises DataError where the rows cannot be read.
+        """
+        parts = []
+        for window, start, stop in self._plan.slices(epoch, step_in_epoch, self._shard):
+            loaded = self._loader.window(epoch, window)
+            chosen = loaded.order[start:stop]
+            parts.append({name: tensor.index_select(0, chosen) for name, tensor in loaded.rows.items()})
+        if not parts:
+            return {"label": torch.empty(0)}
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._loader.close()
+
+
+class _Loader:
+    """Loads a shard's windows in order on a thread, one ahead of the one in use."""
+
+    def __init__(self, dataset: Rows, plan: Plan, shard: int) -> None:
+        self._plan = plan
+        self._shard = shard
+        self._stream = _Stream(dataset)
+        self._changed = threading.Condition()
+        self._loaded: dict[_Key, _Loaded] = {}
+        self._next: _Key = (0, 0)  # what the thread loads next, or is loading
+        self._buffers: list[Batch] = [{}, {}]  # free ones
+        self._sought = 0  # counts seeks: a window loaded before the last one is dropped
+        self._error: Exception | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def window(self, epoch: int, window: Window) -> _Loaded:
+        """A window in memory. Windows before it are given up."""
+        key = (epoch, window.index)
+        with self._changed:
+            self._give_up_before(key)
+            while key not in self._loaded:
+                if self._thread is None or key != self._next:
+                    self._seek(key)
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait()
+            return self._loaded[key]
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _give_up_before(self, key: _Key) -> None:
+        for before in [other for other in self._loaded if other < key]:
+            self._buffers.append(self._loaded.pop(before).buffer)
+            self._changed.notify_all()
+
+    def _seek(self, key: _Key) -> None:
+        """Make `key` the next window to load. Call with the lock held."""
+        self._sought += 1
+        self._buffers += [loaded.buffer for loaded in self._loaded.values()]
+        self._loaded.clear()
+        self._next, self._error = key, None
+        if self._thread is None:
+            name = f"reader of shard {self._shard}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        with suppress(OSError):  # gives way to the computation where cores are short
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 4)
+        while True:
+            with self._changed:
+                while not self._closed and (self._error is not None or not self._buffers):
+                    self._changed.wait()
+                if self._closed:
+                    self._stream.close()
+                    return
+                (epoch, index), sought, buffer = self._next, self._sought, self._buffers.pop()
+            windows = self._plan.windows(epoch, self._shard)
+            error: Exception | None = None
+            try:
+                rows = self._stream.fill(buffer, windows, index)
+                order = torch.from_numpy(self._plan.order(epoch, self._shard, windows[index]))
+                loaded = _Loaded(buffer, rows, order)
+            except Exception as raised:
+                error = raised
+            with self._changed:
+                if sought != self._sought or error is not None:
+                    self._buffers.append(buffer)
+                if sought == self._sought and error is not None:
+                    self._error = error
+                elif sought == self._sought:
+                    self._loaded[epoch, index] = loaded
+                    self._next = (epoch, index + 1) if index + 1 < len(windows) else (epoch + 1, 0)
+                self._changed.notify_all()
+
+
+class _Stream:
+    """Reads pieces of row groups in order, and goes on where the last piece ended where it can: a large row group that
+    several windows share is decoded once."""
+
+    def __init__(self, dataset: Rows) -> None:
+        self._dataset = dataset
+        self._batches: Iterator[Batch] = iter(())
+        self._rest: Batch | None = None
+        self._at: tuple[int, int] | None = None  # (row group, next row)
+
+    def fill(self, buffer: Batch, windows: tuple[Window, ...], index: int) -> Batch:
+        """Copy the rows of a window into `buffer`, enlarged where needed. Returns them: tensors [num_rows, ...]."""
+        filled = 0
+        rows = windows[index].num_rows
+        view: Batch = {}
+        for place, piece in enumerate(windows[index].pieces):
+            if self._at != (piece.row_group, piece.start):
+                self.close()
+                last = place == len(windows[index].pieces) - 1
+                self._batches = self._dataset.read(piece.row_group, piece.start, _end(piece, windows, index, last))
+                self._at = (piece.row_group, piece.start)
+            missing = piece.stop - piece.start
+            while missing:
+                batch = self._take(missing)
+                if not view:
+                    view = _fit(buffer, batch, rows)
+                taken = len(next(iter(batch.values())))
+                for name, tensor in batch.items():
+                    view[name][filled : filled + taken].copy_(tensor)
+                filled, missing = filled + taken, missing - taken
+            self._at = (piece.row_group, piece.stop)
+        return view
+
+    def _take(self, most: int) -> Batch:
+        """The next rows, at most so many."""
+        batch, self._rest = self._rest or next(self._batches), None
+        rows = len(next(iter(batch.values())))
+        if rows > most:
+            self._rest = {name: tensor[most:] for name, tensor in batch.items()}
+            batch = {name: tensor[:most] for name, tensor in batch.items()}
+        return batch
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches, self._rest, self._at = iter(()), None, None
+
+
+def _end(piece: Piece, windows: tuple[Window, ...], index: int, is_last: bool) -> int:
+    """Where reading on from a window's piece through the next windows leaves its row group."""
+    stop = piece.stop
+    while is_last and index + 1 < len(windows):
+        index += 1
+        following = windows[index].pieces[0]
+        if (following.row_group, following.start) != (piece.row_group, stop):
+            break
+        stop, is_last = following.stop, len(windows[index].pieces) == 1
+    return stop
+
+
+def _fit(buffer: Batch, batch: Batch, rows: int) -> Batch:
+    """The first `rows` rows of the buffer's tensors, which are made or enlarged to hold them."""
+    for name, tensor in batch.items():
+        have = buffer.get(name)
+        if have is None or len(have) < rows or have.shape[1:] != tensor.shape[1:]:
+            buffer[name] = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+    return {name: buffer[name][:rows] for name in batch}

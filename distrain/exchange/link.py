@@ -1,0 +1,422 @@
+"""Links between workers and server: one framing over Unix sockets (same host) and TCP (across hosts).
+
+A frame is a fixed struct, then `num_bytes` of payload: raw floats where there is no shared memory, a little JSON when
+a worker joins. Nothing is ever unpickled. A worker proves that it holds the run's token by answering the server's
+challenge with its HMAC-SHA256 (RFC 2104), so the token itself never crosses the wire. A dead peer is an EOF.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+import select
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol
+
+from distrain.errors import LinkError
+
+_HEADER = struct.Struct("<BxxxiiiiiqqqqddddQ")
+_MAX_UNPROVEN_BYTES = 4096  # what a peer may send before it has proved itself
+_HANDSHAKE_SECONDS = 10.0
+_RECEIVE_CHUNK = 1 << 20
+
+
+class Kind(IntEnum):
+    """What a frame says."""
+
+    CHALLENGE = 1  # server -> worker: prove yourself
+    HELLO = 2  # worker -> server: proof, rank, layout digest
+    WELCOME = 3  # server -> worker: your incarnation; shared memory follows as file descriptors
+    PUBLISH = 4  # server -> worker without shared memory: the parameters
+    TRAIN = 5  # server -> worker: compute the gradients of these shards at this step
+    VALIDATE = 6  # server -> worker: compute the metrics of these shards at this validation step
+    PUSH = 7  # worker -> server: the sum over a block of shards
+    FAILED = 8  # worker -> server: the user's code or data failed; JSON payload
+    STOP = 9  # server -> worker: the run is over
+
+
+@dataclass(slots=True)
+class Frame:
+    """One message. Fields that a kind has no use for stay 0."""
+
+    kind: Kind
+    round: int = 0  # the exchange this belongs to; a push repeats the one it answers
+    step: int = 0  # training step or validation step
+    first: int = 0  # shards [first, stop)
+    stop: int = 0
+    incarnation: int = 0
+    slot: int = 0  # where in the push buffer the block's vector lies
+    samples: int = 0
+    data_bytes: int = 0  # bytes of rows that went into the block
+    loss: float = 0.0  # sum over the samples
+    norm: float = 0.0  # reserved for the microbatches' gradient norms
+    data_s: float = 0.0
+    compute_s: float = 0.0
+    payload: Any = field(default=b"")  # bytes-like
+
+    def json(self) -> dict[str, Any]:
+        """The payload as JSON. Raises LinkError where it is none."""
+        try:
+            value = json.loads(bytes(self.payload))
+        except ValueError as error:
+            raise LinkError(f"a {self.kind.name} frame came without readable JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise LinkError(f"a {self.kind.name} frame holds {type(value).__name__} where an object was expected")
+        return value
+
+
+Sink = Callable[[Frame], memoryview | None]
+"""Says where a frame's payload goes: a writable view of exactly its size, or None for fresh memory."""
+
+
+class Link(Protocol):
+    """Carries frames both ways, in order. Raises LinkError once the other end is gone."""
+
+    def send(self, frame: Frame) -> None: ...
+
+    def receive(self, timeout_s: float | None = None) -> Frame | None:
+        """The next frame; None when `timeout_s` pass without one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SocketLink:
+    """A Link over a connected stream socket. Never blocks on sending: what the socket will not take is queued.
+
+    `sink` may place payloads straight into their buffers. `shared` says that both ends are on one host, so file
+    descriptors can be handed over.
+    """
+
+    def __init__(self, sock: socket.socket, sink: Sink | None = None) -> None:
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = sock
+        self.shared = sock.family == socket.AF_UNIX
+        self.sink = sink
+        self.proven = True
+        self._outgoing: deque[memoryview] = deque()
+        self._header = bytearray(_HEADER.size)
+        self._header_filled = 0
+        self._frame: Frame | None = None
+        self._payload = memoryview(b"")
+        self._payload_filled = 0
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def sending(self) -> bool:
+        """Whether something is still queued for sending."""
+        return bool(self._outgoing)
+
+    def send(self, frame: Frame) -> None:
+        """Send a frame, or queue what the socket does not take now. The payload must stay unchanged until `flush`
+        has sent it."""
+        payload = memoryview(frame.payload).cast("B")
+        self._outgoing.append(memoryview(_pack(frame, len(payload))))
+        if len(payload):
+            self._outgoing.append(payload)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send as much of the queue as the socket takes now."""
+        try:
+            while self._outgoing:
+                sent = self._socket.send(self._outgoing[0])
+                if sent == len(self._outgoing[0]):
+                    self._outgoing.popleft()
+                else:
+                    self._outgoing[0] = self._outgoing[0][sent:]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise LinkError(f"the link broke while sending: {error}") from error
+
+    def receive_ready(self) -> Iterator[Frame]:
+        """The frames that can be completed without waiting. Raises LinkError at the end of the link."""
+        while True:
+            try:
+                frame = self._receive_some()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise LinkError(f"the link broke while receiving: {error}") from error
+            if frame is not None:
+                yield frame
+
+    def receive(self, timeout_s: float | None = None) -> Frame | None:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        poll = select.poll()
+        while True:
+            frame = next(self.receive_ready(), None)
+            if frame is not None:
+                return frame
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return None
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            poll.poll(None if remaining is None else remaining * 1000)
+            if self._outgoing:
+                self.flush()
+
+    def _receive_some(self) -> Frame | None:
+        if self._frame is None:
+            count = self._socket.recv_into(memoryview(self._header)[self._header_filled :])
+            self._header_filled += _received(count)
+            if self._header_filled < _HEADER.size:
+                return None
+            self._header_filled = 0
+            frame, num_bytes = _unpack(self._header)
+            if not self.proven and num_bytes > _MAX_UNPROVEN_BYTES:
+                raise LinkError(f"a peer that has not proved itself announced {num_bytes} bytes")
+            if num_bytes == 0:
+                return frame
+            place = self.sink(frame) if self.sink is not None and self.proven else None
+            if place is not None and len(place) != num_bytes:
+                raise LinkError(f"a {frame.kind.name} frame brings {num_bytes} bytes where {len(place)} were expected")
+            self._frame = frame
+            self._payload = memoryview(bytearray(num_bytes)) if place is None else place
+            self._payload_filled = 0
+        end = min(len(self._payload), self._payload_filled + _RECEIVE_CHUNK)
+        count = self._socket.recv_into(self._payload[self._payload_filled : end])
+        self._payload_filled += _received(count)
+        if self._payload_filled < len(self._payload):
+            return None
+        frame, self._frame = self._frame, None
+        frame.payload = self._payload
+        return frame
+
+    def send_descriptors(self, descriptors: list[int]) -> None:
+        """Hand file descriptors to the other end (Unix sockets only)."""
+        self._socket.setblocking(True)
+        try:
+            while self._outgoing:
+                self.flush()
+            socket.send_fds(self._socket, [b"D"], descriptors)
+        except OSError as error:
+            raise LinkError(f"the link broke while handing over memory: {error}") from error
+        finally:
+            self._socket.setblocking(False)
+
+    def receive_descriptors(self, count: int, timeout_s: float) -> list[int]:
+        """Take `count` file descriptors that the other end hands over."""
+        self._socket.settimeout(timeout_s)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._socket, 1, count)
+        except OSError as error:
+            raise LinkError(f"the link broke while taking over memory: {error}") from error
+        finally:
+            self._socket.setblocking(False)
+        if message != b"D" or len(descriptors) != count:
+            raise LinkError(f"expected {count} shared buffers, got {len(descriptors)}")
+        return list(descriptors)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _received(count: int) -> int:
+    if count == 0:
+        raise LinkError("the other end of the link is gone")
+    return count
+
+
+def _pack(frame: Frame, num_bytes: int) -> bytes:
+    return _HEADER.pack(
+        frame.kind, frame.first, frame.stop, frame.incarnation, frame.slot, 0, frame.round, frame.step,
+        frame.samples, frame.data_bytes, frame.loss, frame.norm, frame.data_s, frame.compute_s, num_bytes,
+    )  # fmt: skip
+
+
+def _unpack(header: bytearray) -> tuple[Frame, int]:
+    kind, first, stop, incarnation, slot, _, round_, step, samples, data_bytes, loss, norm, data_s, compute_s, size = (
+        _HEADER.unpack(header)
+    )
+    try:
+        kind = Kind(kind)
+    except ValueError as error:
+        raise LinkError(f"a frame of unknown kind {kind} came: the other end is not a distrain worker") from error
+    return (
+        Frame(kind, round_, step, first, stop, incarnation, slot, samples, data_bytes, loss, norm, data_s, compute_s),
+        size,
+    )
+
+
+def _proof(token: str, challenge: bytes) -> str:
+    return hmac.new(token.encode(), challenge, hashlib.sha256).hexdigest()
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens. `unix` is an abstract name (no file), good on its own Ray node; `tcp` elsewhere."""
+
+    unix: str
+    tcp: tuple[str, int] | None = None
+
+
+def connect(address: Address, same_node: bool, token: str, hello: dict[str, Any], timeout_s: float = 30.0) -> SocketLink:
+    """Open a worker's link to the server and introduce it.
+
+    Raises LinkError when nobody listens there or the challenge does not come.
+    """
+    try:
+        if same_node:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(timeout_s)
+            sock.connect("\0" + address.unix)
+        elif address.tcp is None:
+            raise LinkError("the server listens on its own host only, and this worker runs on another")
+        else:
+            sock = socket.create_connection(address.tcp, timeout=timeout_s)
+    except OSError as error:
+        where = address.unix if same_node else address.tcp
+        raise LinkError(f"cannot reach the parameter server at {where}: {error}") from error
+    link = SocketLink(sock)
+    challenge = link.receive(timeout_s)
+    if challenge is None or challenge.kind is not Kind.CHALLENGE:
+        raise LinkError("the parameter server did not answer with a challenge")
+    proof = _proof(token, bytes(challenge.payload))
+    link.send(Frame(Kind.HELLO, payload=json.dumps({**hello, "proof": proof}).encode()))
+    return link
+
+
+class Hub:
+    """The server's end of all links: listens, authenticates, and waits for whatever comes next.
+
+    `host` is the address to listen on for workers of other hosts; None listens on a Unix socket only.
+    """
+
+    def __init__(self, token: str, host: str | None = None) -> None:
+        self._token = token
+        self._selector = selectors.DefaultSelector()
+        name = f"distrain-{secrets.token_hex(8)}"
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unix.bind("\0" + name)  # abstract: leaves no file behind
+        self._listeners = [unix]
+        tcp = None
+        if host is not None:
+            self._listeners.append(socket.create_server((host, 0)))
+            tcp = (host, self._listeners[1].getsockname()[1])
+        for listener in self._listeners:
+            listener.listen()
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ)
+        self.address = Address(name, tcp)
+        self._links: set[SocketLink] = set()
+        self._challenges: dict[SocketLink, tuple[bytes, float]] = {}
+        self._queued: set[SocketLink] = set()
+
+    def poll(self, timeout_s: float) -> list[tuple[SocketLink, Frame | LinkError]]:
+        """Wait up to `timeout_s` for frames of proven workers, or the end of their links.
+
+        A link's first frame is its HELLO, already checked against the token.
+        """
+        happened: list[tuple[SocketLink, Frame | LinkError]] = []
+        for key, events in self._selector.select(timeout_s):
+            if key.fileobj in self._listeners:
+                self._accept(key.fileobj)  # type: ignore[arg-type]
+                continue
+            link = key.fileobj
+            assert isinstance(link, SocketLink)
+            if events & selectors.EVENT_WRITE:
+                self._guard(link, link.flush, happened)
+            if events & selectors.EVENT_READ and link in self._links:
+                self._guard(link, lambda link=link: self._read(link, happened), happened)
+        self._drop_silent_strangers()
+        self._watch_writers()
+        return happened
+
+    def send(self, link: SocketLink, frame: Frame) -> None:
+        """Send, or queue and go on in `poll`. A broken link is not an error here: `poll` reports its end."""
+        try:
+            link.send(frame)
+        except LinkError:
+            return
+        if link.sending:
+            self._watch_writers(link)
+
+    def drop(self, link: SocketLink) -> None:
+        """Close a link for good."""
+        if link in self._links:
+            self._links.discard(link)
+            self._challenges.pop(link, None)
+            self._queued.discard(link)
+            self._selector.unregister(link)
+            link.close()
+
+    def close(self) -> None:
+        """Close every link and stop listening."""
+        deadline = time.monotonic() + 2.0
+        for link in list(self._links):
+            while link.sending and time.monotonic() < deadline:
+                try:
+                    link.flush()
+                except LinkError:
+                    break
+                time.sleep(0.001)
+            self.drop(link)
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+            listener.close()
+        self._selector.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        link = SocketLink(sock)
+        link.proven = False
+        challenge = secrets.token_bytes(32)
+        self._challenges[link] = (challenge, time.monotonic() + _HANDSHAKE_SECONDS)
+        self._links.add(link)
+        self._selector.register(link, selectors.EVENT_READ)
+        self.send(link, Frame(Kind.CHALLENGE, payload=challenge))
+
+    def _read(self, link: SocketLink, happened: list[tuple[SocketLink, Frame | LinkError]]) -> None:
+        for frame in link.receive_ready():
+            if not link.proven:
+                self._check_proof(link, frame)
+            happened.append((link, frame))
+
+    def _check_proof(self, link: SocketLink, frame: Frame) -> None:
+        challenge, _ = self._challenges.pop(link)
+        proof = str(frame.json().get("proof", "")) if frame.kind is Kind.HELLO else ""
+        if not hmac.compare_digest(proof.encode(), _proof(self._token, challenge).encode()):
+            raise LinkError("a peer could not prove that it holds this run's token")
+        link.proven = True
+
+    def _guard(
+        self, link: SocketLink, action: Callable[[], None], happened: list[tuple[SocketLink, Frame | LinkError]]
+    ) -> None:
+        try:
+            action()
+        except LinkError as error:
+            if link.proven:
+                happened.append((link, error))
+            self.drop(link)
+
+    def _drop_silent_strangers(self) -> None:
+        now = time.monotonic()
+        for link in [link for link, (_, deadline) in self._challenges.items() if now > deadline]:
+            self.drop(link)
+
+    def _watch_writers(self, *more: SocketLink) -> None:
+        """Ask the selector to say when a link with queued bytes can take more."""
+        self._queued.update(more)
+        for link in list(self._queued):
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.sending else 0)
+            self._selector.modify(link, wanted)
+            if not link.sending:
+                self._queued.discard(link)

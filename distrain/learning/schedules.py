@@ -1,0 +1,133 @@
+"""Any learning-rate schedule of torch.optim.lr_scheduler, after a linear warm-up."""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+from distrain.config import ScheduleConfig
+from distrain.errors import ConfigError
+
+_REFUSED = {
+    "LambdaLR": "it needs a Python function",
+    "MultiplicativeLR": "it needs a Python function",
+    "SequentialLR": "it is made of other schedules",
+    "ChainedScheduler": "it is made of other schedules",
+    "LRScheduler": "it is the base class",
+    "_LRScheduler": "it is the base class",
+}
+
+
+class Schedule:
+    """Moves the learning rate: `step` after each update, `validated` after each validation.
+
+    During `warmup_steps` updates the rate rises linearly to the optimizer's own, then the named schedule begins.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig | None) -> None:
+        self._optimizer = optimizer
+        self._base = [group["lr"] for group in optimizer.param_groups]
+        self._warmup = config.warmup_steps if config is not None else 0
+        self._main: Any = _build(optimizer, config) if config is not None and config.name else None
+        self._started = [group["lr"] for group in optimizer.param_groups]  # as the schedule wants to begin
+        self._steps = 0
+        self._by_metric = isinstance(self._main, lr_scheduler.ReduceLROnPlateau)
+        self._warm_up()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """One update was done."""
+        self._steps += 1
+        if self._steps <= self._warmup:
+            self._warm_up()
+        elif self._main is not None and not self._by_metric:
+            try:
+                self._main.step()
+            except ValueError as error:  # OneCycleLR past its end
+                raise ConfigError(f"schedule: torch.optim.lr_scheduler: {error}") from error
+
+    def validated(self, loss: float) -> None:
+        """One validation was done: what ReduceLROnPlateau goes by."""
+        if self._by_metric and self._steps > self._warmup:
+            self._main.step(loss)
+
+    def _warm_up(self) -> None:
+        """Update number n (from 1) uses n / (warmup + 1) of the rate."""
+        if self._steps <= self._warmup and self._warmup:
+            for group, started in zip(self._optimizer.param_groups, self._started, strict=True):
+                group["lr"] = started * min(1.0, (self._steps + 1) / (self._warmup + 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        main = None
+        if self._main is not None:
+            main = {key: value for key, value in self._main.state_dict().items() if _is_plain(value)}
+        return {"steps": self._steps, "lr": [group["lr"] for group in self._optimizer.param_groups], "main": main}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = state["steps"]
+        if self._main is not None:
+            self._main.__dict__.update(_from_json(self._main, state["main"]))
+        for group, lr in zip(self._optimizer.param_groups, state["lr"], strict=True):
+            group["lr"] = lr
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig | None) -> Schedule:
+    """The schedule that the configuration names; none keeps the rate constant after the warm-up."""
+    return Schedule(optimizer, config)
+
+
+def schedule_names() -> list[str]:
+    """The names that `schedule.name` may take."""
+    kinds = (lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau)
+    return sorted(
+        name
+        for name, value in vars(lr_scheduler).items()
+        if inspect.isclass(value) and issubclass(value, kinds) and name not in _REFUSED
+    )
+
+
+def _build(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:
+    name = config.name or ""
+    if name in _REFUSED:
+        raise ConfigError(f"schedule.name: {name} cannot be used: {_REFUSED[name]}")
+    names = schedule_names()
+    if name not in names:
+        near = get_close_matches(name, names, 1) or [n for n in names if n.lower() == name.lower()]
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+        raise ConfigError(f"schedule.name: torch.optim.lr_scheduler has no schedule {name!r}{hint}")
+    kind = getattr(lr_scheduler, name)
+    signature = set(inspect.signature(kind).parameters) - {"optimizer", "last_epoch"}
+    for key in config.options:
+        if key not in signature:
+            near = get_close_matches(key, signature, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"schedule.{key}: torch.optim.lr_scheduler.{name} has no such keyword{hint}")
+    try:
+        return kind(optimizer, **config.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule: torch.optim.lr_scheduler.{name} refused its values: {error}") from error
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _from_json(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Undo what JSON does to a schedule's state: MultiStepLR counts milestones by integer keys."""
+    if isinstance(scheduler, lr_scheduler.MultiStepLR):
+        counter = type(scheduler.milestones)
+        return {**state, "milestones": counter({int(k): v for k, v in state["milestones"].items()})}
+    return state

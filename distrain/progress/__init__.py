@@ -1,0 +1,25 @@
+"""What the person at the terminal sees. Everything goes to standard error, but what a command was asked to print."""
+
+from __future__ import annotations
+
+import sys
+
+from distrain.progress.lines import LineProgress
+from distrain.progress.plan import show_plan
+from distrain.progress.protocol import Progress, RunInfo, SilentProgress
+from distrain.progress.terminal import TerminalProgress
+
+__all__ = [
+    "LineProgress",
+    "Progress",
+    "RunInfo",
+    "SilentProgress",
+    "TerminalProgress",
+    "make_progress",
+    "show_plan",
+]
+
+
+def make_progress() -> Progress:
+    """Live lines when standard error is a terminal, else a line every few seconds."""
+    return TerminalProgress() if sys.stderr.isatty() else LineProgress()

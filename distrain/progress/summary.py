@@ -1,0 +1,74 @@
+"""The end of a run, for a person, with the commands to look further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distrain.progress.protocol import HasJson
+from distrain.progress.standing import Standing, duration, metrics_line, number
+
+_DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+def show_summary(result: Mapping[str, Any] | HasJson, standing: Standing | None, console: Console) -> None:
+    """Print the summary. `result` has the keys of the `--json` line; those that are missing or null are left out."""
+    values = result if isinstance(result, Mapping) else result.to_json()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _rows(values):
+        table.add_row(name, Text(text))
+    console.print()
+    console.print(table)
+    console.print()
+    commands = _commands(values, standing)
+    width = max((len(command) for command, _ in commands), default=0)
+    for command, meaning in commands:
+        # Not wrapped, so that it can be copied.
+        console.print(Text.assemble((f"  {command:<{width}}", "bold cyan"), f"  # {meaning}"), soft_wrap=True)
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+
+    def add(name: str, key: str, form: str = "{}") -> None:
+        if values.get(key) is not None:
+            rows.append((name, form.format(values[key])))
+
+    status = str(values.get("status", ""))
+    rows.append(("status", f"{status}: {values['reason']}" if values.get("reason") else status))
+    add("epochs", "epochs", "{:,}")
+    add("steps", "steps", "{:,}")
+    add("samples/s", "samples_per_second", "{:,.0f}")
+    if values.get("train_loss") is not None:
+        rows.append(("train loss", number(values["train_loss"])))
+    if values.get("validation"):
+        rows.append(("validation", metrics_line({k: v for k, v in values["validation"].items() if v is not None})))
+    if values.get("worker_failures"):
+        rows.append(("workers lost", f"{values['worker_failures']:,}"))
+    seconds = values.get("seconds") or {}
+    if seconds:
+        rows.append(("time", ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())))
+    add("checkpoint", "checkpoint")
+    add("MLflow run", "run_id")
+    return rows
+
+
+def _commands(values: Mapping[str, Any], standing: Standing | None) -> list[tuple[str, str]]:
+    commands: list[tuple[str, str]] = []
+    run = (standing.info.run_name if standing is not None else None) or values.get("run_name") or values.get("run_id")
+    uri = standing.info.tracking_uri if standing is not None else None
+    if values.get("run_id"):
+        commands.append(
+            ("distrain ui" if uri in (None, _DEFAULT_URI) else f"distrain ui {uri}", "the curves, in MLflow")
+        )
+    if values.get("checkpoint"):
+        if run:
+            commands.append((f"distrain resume {run}", "go on from the last checkpoint"))
+        commands.append((f"distrain evaluate {values['checkpoint']} DATA", "measure it on other data"))
+    return commands

@@ -1,0 +1,58 @@
+"""What the server reports about a run: plain values that travel from the server to driver, terminal and tracking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One finished step. Seconds are wall-clock; data and compute are the slowest worker's."""
+
+    step: int  # counts from 1: the number of updates applied
+    epoch: int  # counts from 0
+    time_ms: int  # Unix time of the update
+    loss: float  # mean over the step's samples
+    grad_norm: float  # L2 norm of the averaged gradient before clipping, in float64
+    lr: float
+    clipped: bool
+    samples: int
+    num_bytes: int  # Parquet bytes read by the workers for this step, as tensors
+    data_s: float  # waiting for rows
+    compute_s: float  # forward, loss, backward
+    exchange_s: float  # the step's time less data, compute and update: links, waiting, summing
+    update_s: float  # average, clip, optimizer
+    step_s: float
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRecord:
+    """One pass over the validation rows after update `step`. `metrics` always holds "loss"."""
+
+    step: int
+    epoch: int
+    time_ms: int
+    metrics: dict[str, float]
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something a person should hear about: a worker joined or was lost, a push was refused, a run stopped early."""
+
+    time_ms: int
+    kind: str  # joined, lost, refused, checkpoint, stopped
+    message: str
+    step: int = 0
+    rank: int = -1  # the worker concerned
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the server has to say since it was last asked."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    validations: list[ValidationRecord] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)

@@ -1,0 +1,98 @@
+"""Fixed-order tree sums over shards, used by worker and server.
+
+Floating-point addition is not associative, so a sum is only the same to the bit when its order is. The order here is
+an aligned binary tree over the shards 0..S-1: the node of width w (a power of two) at index i sums the shards
+[i*w, min((i+1)*w, S)), always as left half + right half. A worker that holds both halves of a node may add them
+itself; the result does not depend on who added, nor on when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Block:
+    """The shards [first, stop): a node of the tree."""
+
+    first: int
+    stop: int
+
+    def joins(self, right: Block, num_shards: int) -> bool:
+        """Whether this block and `right` are the two halves of one node."""
+        width = self.stop - self.first
+        return (
+            self.stop == right.first
+            and width & (width - 1) == 0
+            and self.first % (2 * width) == 0
+            and right.stop == min(right.first + width, num_shards)
+        )
+
+
+@dataclass(slots=True)
+class Partial:
+    """What a block of shards gives to a step: sums, never means, so that blocks of any size add up right.
+
+    `vector` (a tensor or array) is, for a training step, float32 [layout.num_floats]: the gradient of the summed loss,
+    then the buffers' changes times the samples. For a validation step it is float64: the metrics' sums. `slot` says
+    where in a push buffer the vector lies.
+    """
+
+    vector: Any
+    samples: int
+    loss: float
+    slot: int = 0
+
+    def add(self, right: Partial) -> None:
+        """Add the sibling block to the right, in place."""
+        self.vector += right.vector
+        self.samples += right.samples
+        self.loss += right.loss
+
+
+class TreeSum:
+    """Sums the parts of a step in the fixed order, as far as what has been put allows."""
+
+    def __init__(self, num_shards: int) -> None:
+        self._num_shards = num_shards
+        self._by_first: dict[int, tuple[Block, Partial]] = {}
+        self._by_stop: dict[int, Block] = {}
+
+    def put(self, block: Block, part: Partial) -> list[Partial]:
+        """Take a block's sum and merge halves upwards, in place. Returns the parts that were added to others and are
+        free for reuse."""
+        freed: list[Partial] = []
+        while True:
+            left = self._by_stop.get(block.first)
+            right = self._by_first.get(block.stop)
+            if left is not None and left.joins(block, self._num_shards):
+                left_part = self._take(left)
+                left_part.add(part)
+                freed.append(part)
+                block, part = Block(left.first, block.stop), left_part
+            elif right is not None and block.joins(right[0], self._num_shards):
+                right_part = self._take(right[0])
+                part.add(right_part)
+                freed.append(right_part)
+                block = Block(block.first, right[0].stop)
+            else:
+                break
+        self._by_first[block.first] = (block, part)
+        self._by_stop[block.stop] = block
+        return freed
+
+    def _take(self, block: Block) -> Partial:
+        del self._by_stop[block.stop]
+        return self._by_first.pop(block.first)[1]
+
+    def __iter__(self) -> Iterator[tuple[Block, Partial]]:
+        """The blocks that could not be merged further, in shard order."""
+        return iter([self._by_first[first] for first in sorted(self._by_first)])
+
+    @property
+    def total(self) -> Partial | None:
+        """The sum over all shards, or None while some are missing."""
+        whole = self._by_first.get(0)
+        return whole[1] if whole is not None and whole[0].stop == self._num_shards else None

@@ -1,0 +1,52 @@
+"""What the server's loop has to say, kept until the driver asks. Thread-safe."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+from distrain.checkpoint import Snapshot
+from distrain.records import Event, Report, StepRecord, ValidationRecord
+
+_MAX_SNAPSHOTS = 4
+
+
+class Reports:
+    """A mailbox: the loop posts, the driver drains. Snapshots wait apart, since they are large; when the driver cannot
+    keep up, the oldest that was not validated gives way, so that the best one is kept if it can be."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._report = Report()
+        self._snapshots: deque[Snapshot] = deque()
+
+    def step(self, record: StepRecord) -> None:
+        with self._lock:
+            self._report.steps.append(record)
+
+    def validation(self, record: ValidationRecord) -> None:
+        with self._lock:
+            self._report.validations.append(record)
+
+    def event(self, kind: str, message: str, step: int, rank: int = -1) -> None:
+        with self._lock:
+            self._report.events.append(Event(time.time_ns() // 1_000_000, kind, message, step, rank))
+
+    def snapshot(self, snapshot: Snapshot) -> None:
+        with self._lock:
+            self._snapshots.append(snapshot)
+            if len(self._snapshots) > _MAX_SNAPSHOTS:
+                victim = next((s for s in self._snapshots if not s.metrics), self._snapshots[0])
+                self._snapshots.remove(victim)
+
+    def drain(self) -> Report:
+        """Everything since the last call."""
+        with self._lock:
+            report, self._report = self._report, Report()
+            return report
+
+    def take_snapshot(self) -> Snapshot | None:
+        """The oldest snapshot waiting, if any."""
+        with self._lock:
+            return self._snapshots.popleft() if self._snapshots else None

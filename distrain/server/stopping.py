@@ -1,0 +1,78 @@
+"""When a run may end early: no better validation for a while, or nothing left to gain. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from distrain.config import ConvergenceConfig, EarlyStoppingConfig
+
+HIGHER_IS_BETTER = frozenset({"accuracy", "r2"})
+
+
+def better(metric: str, value: float, than: float | None, by: float = 0.0) -> bool:
+    """Whether `value` of a validation metric beats `than` by more than `by` (any value beats None)."""
+    if than is None:
+        return True
+    return value > than + by if metric in HIGHER_IS_BETTER else value < than - by
+
+
+class Stopping:
+    """Watches losses, gradient norms and validations, and says why to stop.
+
+    Convergence (`loss_change`, `grad_norm`) looks at means over `window` steps; early stopping at `patience`
+    validations in a row that did not improve the metric by `min_delta`.
+    """
+
+    def __init__(self, early: EarlyStoppingConfig | None, convergence: ConvergenceConfig | None) -> None:
+        self._early = early
+        self._convergence = convergence
+        window = convergence.window if convergence is not None else 1
+        self._losses: deque[float] = deque(maxlen=2 * window)
+        self._norms: deque[float] = deque(maxlen=window)
+        self._best: float | None = None
+        self._stale = 0
+
+    def stepped(self, loss: float, grad_norm: float) -> str | None:
+        """Take one step's loss and gradient norm. Returns the reason to stop, if there is one."""
+        rule = self._convergence
+        if rule is None:
+            return None
+        self._losses.append(loss)
+        self._norms.append(grad_norm)
+        if rule.grad_norm is not None and len(self._norms) == rule.window:
+            norm = sum(self._norms) / rule.window
+            if norm < rule.grad_norm:
+                return f"converged: the gradient norm, {norm:.3g} on average, is below {rule.grad_norm:g}"
+        if rule.loss_change is not None and len(self._losses) == 2 * rule.window:
+            losses = list(self._losses)
+            change = abs(sum(losses[: rule.window]) - sum(losses[rule.window :])) / rule.window
+            if change < rule.loss_change:
+                return (
+                    f"converged: the loss changed by {change:.3g} from one {rule.window} steps to the next, "
+                    f"less than {rule.loss_change:g}"
+                )
+        return None
+
+    def validated(self, metrics: dict[str, float]) -> str | None:
+        """Take one validation's metrics. Returns the reason to stop, if there is one."""
+        rule = self._early
+        if rule is None:
+            return None
+        value = metrics[rule.metric]
+        if better(rule.metric, value, self._best, rule.min_delta):
+            self._best, self._stale = value, 0
+            return None
+        self._stale += 1
+        if self._stale < rule.patience:
+            return None
+        return f"no better validation {rule.metric} than {self._best:.6g} in {self._stale} validations"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on from here; JSON-able."""
+        return {"losses": list(self._losses), "norms": list(self._norms), "best": self._best, "stale": self._stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._losses.extend(state["losses"])
+        self._norms.extend(state["norms"])
+        self._best, self._stale = state["best"], state["stale"]

@@ -1,0 +1,79 @@
+"""Consecutive steps added up. Means are exact however often sums are merged: they are divided when they are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from distrain.records import StepRecord
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Sums over consecutive steps, and the state at the last of them."""
+
+    step: int  # the last
+    epoch: int  # of the last
+    start_ms: int  # Unix time of the first step's update
+    time_ms: int  # of the last one's
+    lr: float  # at the last
+    workers: int  # at the last
+    num_steps: int
+    num_clipped: int
+    samples: int
+    num_bytes: int
+    weighted_loss: float  # loss x samples
+    grad_norm: float
+    data_s: float
+    compute_s: float
+    exchange_s: float
+    update_s: float
+    step_s: float
+
+    @classmethod
+    def of(cls, record: StepRecord) -> StepSums:
+        """One step."""
+        return cls(
+            step=record.step,
+            epoch=record.epoch,
+            start_ms=record.time_ms,
+            time_ms=record.time_ms,
+            lr=record.lr,
+            workers=record.workers,
+            num_steps=1,
+            num_clipped=int(record.clipped),
+            samples=record.samples,
+            num_bytes=record.num_bytes,
+            weighted_loss=record.loss * record.samples,
+            grad_norm=record.grad_norm,
+            data_s=record.data_s,
+            compute_s=record.compute_s,
+            exchange_s=record.exchange_s,
+            update_s=record.update_s,
+            step_s=record.step_s,
+        )
+
+    def copy(self) -> StepSums:
+        """The same sums, to be merged apart from these."""
+        return replace(self)
+
+    def merge(self, later: StepSums) -> None:
+        """Take in the steps that came right after."""
+        self.step, self.epoch, self.time_ms = later.step, later.epoch, later.time_ms
+        self.lr, self.workers = later.lr, later.workers
+        self.num_steps += later.num_steps
+        self.num_clipped += later.num_clipped
+        self.samples += later.samples
+        self.num_bytes += later.num_bytes
+        self.weighted_loss += later.weighted_loss
+        self.grad_norm += later.grad_norm
+        self.data_s += later.data_s
+        self.compute_s += later.compute_s
+        self.exchange_s += later.exchange_s
+        self.update_s += later.update_s
+        self.step_s += later.step_s
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples."""
+        return self.weighted_loss / self.samples if self.samples else math.nan

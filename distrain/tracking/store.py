@@ -1,0 +1,233 @@
+"""MLflow itself: the only file that imports it (the logged model apart, which MLflow runs). Every call may take seconds
+and is made on one thread; importing this file takes seconds too."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Dataset as DatasetEntity
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.types import ColSpec, Schema
+from torch import nn
+
+from distrain import __version__
+from distrain.errors import TrackingError
+from distrain.manifest import redacted
+from distrain.tracking.description import DatasetDescription, ModelInput, RunDescription
+from distrain.tracking.export import export_model
+from distrain.tracking.local import database_folder
+from distrain.tracking.logged_model import mlflow_type, save_model
+from distrain.tracking.thinning import Point
+
+_MAX_PARAM_CHARS = 6000
+_DIGEST_CHARS = 16  # MLflow allows 36 and shows them all; the profile has the whole
+_MAX_SCHEMA_CHARS = 1_000_000
+_BATCH = 1000  # metrics in one call
+_SMALL_BATCH = 100  # params or tags in one call
+
+for name in ("mlflow", "alembic"):  # they tell of each of 50 migrations
+    logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class MlflowRun:
+    """One run of one store. What goes wrong raises MlflowException, or what the database or file system raises."""
+
+    def __init__(self, client: MlflowClient, run: Run) -> None:
+        self._client = client
+        self.run_id: str = run.info.run_id
+        self.run_name: str = run.info.run_name
+        self._experiment_id: str = run.info.experiment_id
+
+    @classmethod
+    def open(cls, uri: str, experiment: str, description: RunDescription) -> MlflowRun:
+        """Create the run, or take up that of `description.resume_run_id`, and describe it.
+
+        Raises TrackingError when the store cannot be opened, or does not have the run.
+        """
+        try:
+            client = MlflowClient(uri, registry_uri=uri)
+            if description.resume_run_id is None:
+                experiment_id = _experiment_id(client, uri, experiment)
+                run = client.create_run(experiment_id, run_name=description.run_name, tags=_origin_tags())
+            else:
+                client.update_run(description.resume_run_id, status="RUNNING")
+                run = client.get_run(description.resume_run_id)
+            opened = cls(client, run)
+            opened._describe(description, run)
+        except TrackingError:
+            raise
+        except Exception as error:
+            raise TrackingError(f"MLflow at {redacted(uri)}: {first_line(error)}") from error
+        return opened
+
+    def _describe(self, description: RunDescription, before: Run) -> None:
+        sha256, config_name = description.config_sha256, "config.yaml"
+        tags = {**description.tags, "distrain.version": __version__, "distrain.config_sha256": sha256}
+        params = {key: str(value)[:_MAX_PARAM_CHARS] for key, value in description.params.items()}
+        if description.resume_run_id is not None:
+            # MLflow refuses to change a param, and the first configuration is worth keeping too.
+            logged = before.data.params
+            changed = {key: value for key, value in params.items() if logged.get(key, value) != value}
+            tags |= {f"distrain.resumed.{key}": value for key, value in changed.items()}
+            params = {key: value for key, value in params.items() if key not in logged}
+            if before.data.tags.get("distrain.config_sha256") != sha256:
+                config_name = f"config-resumed-{sha256[:8]}.yaml"
+        self._log_small([Param(k, v) for k, v in params.items()], [RunTag(k, str(v)) for k, v in tags.items()])
+        known = {(i.dataset.name, i.dataset.digest) for i in before.inputs.dataset_inputs} if before.inputs else set()
+        datasets = [_dataset_input(dataset) for dataset in description.datasets]
+        datasets = [each for each in datasets if (each.dataset.name, each.dataset.digest) not in known]
+        if datasets:
+            self._client.log_inputs(self.run_id, datasets)
+        self.log_text(config_name, description.config_yaml)
+
+    def _log_small(self, params: Sequence[Param], tags: Sequence[RunTag]) -> None:
+        for first in range(0, max(len(params), len(tags)), _SMALL_BATCH):
+            stop = first + _SMALL_BATCH
+            self._client.log_batch(self.run_id, params=params[first:stop], tags=tags[first:stop])
+
+    def last_step(self, key: str) -> int:
+        """The largest step of a metric that is stored; 0 when there is none."""
+        return max((metric.step for metric in self._client.get_metric_history(self.run_id, key)), default=0)
+
+    def history(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, by step."""
+        points = sorted((m.step, m.timestamp, m.value) for m in self._client.get_metric_history(self.run_id, key))
+        return [step for step, _, _ in points], [value for _, _, value in points]
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Store points. A point that is stored already stays one point."""
+        for first in range(0, len(points), _BATCH):
+            batch = [Metric(p.key, p.value, p.time_ms, p.step) for p in points[first : first + _BATCH]]
+            self._client.log_batch(self.run_id, metrics=batch)
+
+    def set_tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self.run_id, key, value)
+
+    def log_text(self, name: str, text: str) -> None:
+        self._client.log_text(self.run_id, text, name)
+
+    def log_file(self, path: Path) -> None:
+        self._client.log_artifact(self.run_id, str(path))
+
+    def log_figure(self, name: str, figure: Figure) -> None:
+        self._client.log_figure(self.run_id, figure, name)
+
+    def read_text(self, name: str) -> str:
+        """An artifact's text; empty when there is none."""
+        if not any(entry.path == name for entry in self._client.list_artifacts(self.run_id)):
+            return ""
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
+
+    def log_model(
+        self, module: nn.Module, inputs: Sequence[ModelInput], step: int, registered_name: str | None = None
+    ) -> None:
+        """Log the model under the name "model", as of `step`, loadable with mlflow.pyfunc.
+
+        Raises ExportFailed when torch.export does not understand it; nothing is logged then.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            outputs = export_model(module, inputs, Path(folder))
+            logged = self._client.create_logged_model(
+                self._experiment_id, name="model", source_run_id=self.run_id, model_type="torch"
+            )
+            path = save_model(Path(folder), logged, self.run_id, inputs, outputs)
+            self._client.log_model_artifacts(logged.model_id, str(path))
+            self._client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
+        if registered_name is not None:
+            self._register(registered_name, logged.model_id)
+
+    def _register(self, name: str, model_id: str) -> None:
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        self._client.create_model_version(name, f"models:/{model_id}", run_id=self.run_id, model_id=model_id)
+
+    def terminate(self, status: str) -> None:
+        """End the run: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether trying again is useless: the store is there and says no."""
+    codes = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST",
+             "INVALID_STATE", "PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # fmt: skip
+    return isinstance(error, MlflowException) and error.error_code in codes
+
+
+def first_line(error: Exception) -> str:
+    """What a person needs of an error that may be a page long."""
+    text = str(error).strip() or type(error).__name__
+    cause = re.search(r"\[Errno -?\d+\] [^'\")]+|[Rr]ead timed out", text)
+    if cause is not None and "Max retries" in text:
+        return f"no answer: {cause.group()}"
+    return text.splitlines()[0][:300]
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(f"the experiment {name!r} was deleted; restore it, or change tracking.experiment")
+        return found.experiment_id
+    folder = database_folder(uri)
+    # Beside the database: MLflow's own default is the folder the process happens to run in.
+    location = None if folder is None else (folder / "mlartifacts" / quote(name, safe=" ")).as_uri()
+    try:
+        # The kind spares the page its tabs for language models.
+        return client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return _experiment_id(client, uri, name)  # another run was faster
+
+
+def _origin_tags() -> dict[str, str]:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        user = str(os.getuid())
+    return {"mlflow.user": user, "mlflow.source.name": "distrain", "mlflow.source.type": "LOCAL"}
+
+
+def _dataset_input(dataset: DatasetDescription) -> DatasetInput:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = resolve_dataset_source(dataset.source)
+    meta = MetaDataset(
+        source,
+        name=dataset.name,
+        digest=dataset.digest[:_DIGEST_CHARS],
+        schema=Schema([ColSpec(mlflow_type(kind), name) for name, kind in dataset.columns]),
+    )
+    described = meta.to_dict()
+    if len(described.get("schema") or "") > _MAX_SCHEMA_CHARS:
+        described["schema"] = None
+    described["profile"] = json.dumps({"num_rows": dataset.num_rows, "sha256": dataset.digest})
+    return DatasetInput(DatasetEntity.from_dictionary(described), [InputTag("mlflow.data.context", dataset.context)])

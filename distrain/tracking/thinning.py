@@ -1,0 +1,134 @@
+"""From step records to points on curves: every step at first, means later, in bounded memory. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from distrain.records import StepRecord, ValidationRecord
+from distrain.step_sums import StepSums
+
+_DETAILED_STEPS = 1000  # at the start every step is worth a point
+_MEAN_MS = 500
+_MAX_WAITING = 20_000  # groups not yet drained; beyond, neighbours are merged
+
+
+class Point(NamedTuple):
+    """One value of one curve."""
+
+    key: str
+    value: float  # NaN where the value was not finite
+    time_ms: int
+    step: int
+
+
+def step_speed_points(steps: StepSums) -> list[Point]:
+    """Throughput, where the time goes, and the parameter server's state."""
+    n, seconds = steps.num_steps, steps.step_s or math.nan
+    values = {
+        "throughput/samples_per_sec": steps.samples / seconds,
+        "throughput/bytes_per_sec": steps.num_bytes / seconds,
+        "time/data_sec": steps.data_s / n,
+        "time/compute_sec": steps.compute_s / n,
+        "time/exchange_sec": steps.exchange_s / n,
+        "time/update_sec": steps.update_s / n,
+        "time/step_sec": steps.step_s / n,
+        "ps/staleness": 0.0,
+        "ps/clipped": steps.num_clipped / n,  # the share of the steps
+        "workers/alive": float(steps.workers),
+    }
+    # Six digits: more are noise, which the charts would zoom into.
+    return _points({key: float(f"{value:.6g}") for key, value in values.items()}, steps)
+
+
+def step_learning_points(steps: StepSums) -> list[Point]:
+    """The learning rate, the gradient's norm, the loss. The loss is last: where it was stored, all was."""
+    values = {"train/lr": steps.lr, "train/grad_norm": steps.grad_norm / steps.num_steps, "train/loss": steps.loss}
+    return _points(values, steps)
+
+
+def _points(values: dict[str, float], steps: StepSums) -> list[Point]:
+    return [Point(key, _finite(value), steps.time_ms, steps.step) for key, value in values.items()]
+
+
+def validation_points(record: ValidationRecord) -> list[Point]:
+    """One point for each metric, under val/. The loss is last."""
+    keys = sorted(record.metrics, key=lambda key: (key == "loss", key))
+    return [Point(f"val/{key}", _finite(record.metrics[key]), record.time_ms, record.step) for key in keys]
+
+
+class Thinner:
+    """Groups step records. `every_steps`: means over so many steps; None: every step's loss, gradient norm and learning
+    rate for the run's first 1000 steps, means over half a second for the rest.
+
+    Speeds and times of single steps are mostly noise, and each point costs 0.2 ms of processor to store: with
+    `every_steps` None they are means over half a second from the first step on.
+    """
+
+    def __init__(self, every_steps: int | None) -> None:
+        if every_steps is not None:
+            self._learning = self._speed = _Series(lambda group, _: group.num_steps >= every_steps)
+        else:
+            self._speed = _Series(_half_a_second)
+            self._learning = _Series(lambda group, r: group.step <= _DETAILED_STEPS or _half_a_second(group, r))
+
+    def add(self, record: StepRecord) -> None:
+        """Take in the next step. Constant time."""
+        self._speed.add(record)
+        if self._learning is not self._speed:
+            self._learning.add(record)
+
+    def drain(self, finish: bool = False) -> list[Point]:
+        """The points finished since the last call; with `finish` also those of a group not yet full."""
+        speed = self._speed.drain(finish)
+        learning = speed if self._learning is self._speed else self._learning.drain(finish)
+        points = [point for group in speed for point in step_speed_points(group)]
+        points += [point for group in learning for point in step_learning_points(group)]
+        points.sort(key=lambda point: point.step)  # stable: within a step the loss stays last
+        return points
+
+
+class _Series:
+    """Groups at one resolution. `is_full(group, next_record)` closes a group before the record is added."""
+
+    def __init__(self, is_full: Callable[[StepSums, StepRecord], bool]) -> None:
+        self._is_full = is_full
+        self._open: StepSums | None = None
+        self._closed: list[StepSums] = []
+
+    def add(self, record: StepRecord) -> None:
+        if self._open is not None and self._is_full(self._open, record):
+            self._close(self._open)
+            self._open = None
+        if self._open is None:
+            self._open = StepSums.of(record)
+        else:
+            self._open.merge(StepSums.of(record))
+
+    def _close(self, group: StepSums) -> None:
+        self._closed.append(group)
+        if len(self._closed) >= _MAX_WAITING:
+            pairs = zip(self._closed[::2], self._closed[1::2], strict=True)
+            self._closed = [_merged(first, second) for first, second in pairs]
+
+    def drain(self, finish: bool) -> list[StepSums]:
+        if finish and self._open is not None:
+            self._close(self._open)
+            self._open = None
+        closed, self._closed = self._closed, []
+        return closed
+
+
+def _merged(first: StepSums, second: StepSums) -> StepSums:
+    first.merge(second)
+    return first
+
+
+def _half_a_second(group: StepSums, record: StepRecord) -> bool:
+    return record.time_ms - group.start_ms >= _MEAN_MS
+
+
+def _finite(value: float) -> float:
+    # MLflow stores inf as 1.8e308, which no chart survives.
+    return value if math.isfinite(value) else math.nan

@@ -1,0 +1,259 @@
+"""The one writer interface to MLflow. All of it happens on a thread of its own; no call but `finish` waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from distrain.errors import TrackingError
+from distrain.records import Event, StepRecord, ValidationRecord
+from distrain.tracking.description import ModelInput, RunDescription
+from distrain.tracking.environment import quiet_environment
+from distrain.tracking.export import ExportFailed
+from distrain.tracking.inbox import Inbox
+from distrain.tracking.spool import Spool
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from distrain.config import TrackingConfig
+    from distrain.tracking.store import MlflowRun
+    from distrain.tracking.writer import Writer
+
+_FLUSH_S = 2.0
+_NICENESS = 19  # below Ray's workers, which run at 15
+
+
+class Tracker(Protocol):
+    """What the driver tells of a run. No call blocks, but `wait_ready` and `finish`."""
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None until it exists."""
+
+    @property
+    def run_name(self) -> str | None: ...
+
+    def start(self) -> None: ...
+
+    def wait_ready(self, timeout_s: float = 60.0) -> str | None:
+        """Wait for the run to exist and return its id. Raises TrackingError when it cannot be created."""
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def validation(self, record: ValidationRecord) -> None: ...
+
+    def event(self, event: Event) -> None: ...
+
+    def tag(self, key: str, value: str) -> None: ...
+
+    def artifact_text(self, name: str, text: str) -> None: ...
+
+    def artifact_file(self, path: str | Path) -> None: ...
+
+    def figure(self, name: str, figure: Figure) -> None: ...
+
+    def model(self, module: nn.Module, inputs: Sequence[ModelInput], step: int) -> None: ...
+
+    def finish(self, status: str, timeout_s: float = 120.0) -> bool:
+        """Deliver what waits and end the run as FINISHED, FAILED or KILLED. True when all was delivered."""
+
+
+class NullTracker:
+    """Tracking switched off."""
+
+    run_id: str | None = None
+    run_name: str | None = None
+
+    def start(self) -> None:
+        pass
+
+    def wait_ready(self, timeout_s: float = 60.0) -> str | None:
+        return None
+
+    def step(self, record: StepRecord) -> None:
+        pass
+
+    def validation(self, record: ValidationRecord) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def tag(self, key: str, value: str) -> None:
+        pass
+
+    def artifact_text(self, name: str, text: str) -> None:
+        pass
+
+    def artifact_file(self, path: str | Path) -> None:
+        pass
+
+    def figure(self, name: str, figure: Figure) -> None:
+        pass
+
+    def model(self, module: nn.Module, inputs: Sequence[ModelInput], step: int) -> None:
+        pass
+
+    def finish(self, status: str, timeout_s: float = 120.0) -> bool:
+        return True
+
+
+def make_tracker(
+    settings: TrackingConfig,
+    run: RunDescription,
+    spool_dir: str | Path | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Tracker:
+    """The tracker that the settings ask for. Not started."""
+    return MlflowTracker(settings, run, spool_dir, notify) if settings.enabled else NullTracker()
+
+
+class MlflowTracker:
+    """Writes one run to MLflow from its own thread, in batches every 2 s.
+
+    `spool_dir`: where points wait while the store is away, in mlflow-<run id>.jsonl (None or a URI: the folder for
+    temporary files). `notify` gets what a person should know, from that thread (default: a log warning).
+    """
+
+    def __init__(
+        self,
+        settings: TrackingConfig,
+        run: RunDescription,
+        spool_dir: str | Path | None = None,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._description = run
+        is_local = spool_dir is not None and "://" not in str(spool_dir)
+        self._spool_dir = Path(str(spool_dir)) if is_local else Path(tempfile.gettempdir())
+        self._notify = notify or logging.getLogger("distrain").warning
+        self._inbox = Inbox(settings.every_steps)
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._ready = threading.Event()
+        self._stop = threading.Event()
+        self._run: MlflowRun | None = None
+        self._error: TrackingError | None = None
+        self._is_error_told = False
+        self._final_status = "FAILED"
+        self._is_complete = False
+
+    @property
+    def run_id(self) -> str | None:
+        """See Tracker."""
+        return self._run.run_id if self._run is not None else None
+
+    @property
+    def run_name(self) -> str | None:
+        """See Tracker."""
+        return self._run.run_name if self._run is not None else None
+
+    def start(self) -> None:
+        """Open the store and create the run, in the background."""
+        quiet_environment()
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float = 60.0) -> str | None:
+        """See Tracker."""
+        if not self._ready.wait(timeout_s):
+            raise TrackingError(f"MLflow's store did not open within {timeout_s:g} s")
+        if self._error is not None:
+            self._is_error_told = True
+            raise self._error
+        return self.run_id
+
+    def step(self, record: StepRecord) -> None:
+        """Take in a step. Microseconds, whatever the store does."""
+        self._inbox.step(record)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Take in a validation: one point for each metric."""
+        self._inbox.validation(record)
+
+    def event(self, event: Event) -> None:
+        """Add a line to the artifact events.txt."""
+        self._inbox.event(event)
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._inbox.job(f"tag {key}", lambda run: run.set_tag(key, value))
+
+    def artifact_text(self, name: str, text: str) -> None:
+        """Store a text as an artifact of that name."""
+        self._inbox.job(name, lambda run: run.log_text(name, text))
+
+    def artifact_file(self, path: str | Path) -> None:
+        """Store a file as an artifact of its name. It must stay until `finish` has returned."""
+        self._inbox.job(str(path), lambda run: run.log_file(Path(path)))
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Store a figure as an image of that name (heat.png)."""
+        self._inbox.job(name, lambda run: run.log_figure(name, figure))
+
+    def model(self, module: nn.Module, inputs: Sequence[ModelInput], step: int) -> None:
+        """Store the model, as of `step`, under the name "model", and register it where the settings say so.
+
+        The module must not be changed any more. One that torch.export does not understand is left out, and said.
+        """
+        inputs, name = tuple(inputs), self._settings.registered_model_name
+
+        def log(run: MlflowRun) -> None:
+            try:
+                run.log_model(module, inputs, step, name)
+            except ExportFailed as failed:
+                self._notify(f"the model is not in MLflow, only its weights are: torch.export failed: {failed}")
+
+        self._inbox.job("model", log)
+
+    def finish(self, status: str, timeout_s: float = 120.0) -> bool:
+        """See Tracker. What could not be delivered, and where it lies, is said through `notify`."""
+        self._final_status = status
+        self._stop.set()
+        if self._thread.ident is None:  # never started
+            return False
+        self._thread.join(timeout_s)
+        if self._error is not None and not self._is_error_told:
+            self._notify(self._error.message)
+        if self._thread.is_alive():
+            self._notify(f"MLflow took longer than {timeout_s:g} s to store the end of the run, and was left at that")
+        return self._is_complete
+
+    def _work(self) -> None:
+        try:
+            writer = self._open()
+        except TrackingError as error:
+            self._error = error
+            return
+        except Exception as error:
+            self._error = TrackingError(f"MLflow could not be started: {type(error).__name__}: {error}")
+            return
+        finally:
+            self._ready.set()
+        with suppress(OSError, AttributeError):  # storing a point costs 0.2 ms of processor: workers come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while not self._stop.wait(_FLUSH_S):
+            writer.deliver()
+        self._is_complete = writer.end(self._final_status)
+
+    def _open(self) -> Writer:
+        # Here, since importing MLflow takes seconds.
+        from distrain.tracking.store import MlflowRun
+        from distrain.tracking.writer import Writer
+
+        run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._described())
+        spool = Spool(self._spool_dir / f"mlflow-{run.run_id}.jsonl")
+        writer = Writer(run, self._inbox, spool, self._notify, self._description.resume_run_id is not None)
+        self._run = run
+        return writer
+
+    def _described(self) -> RunDescription:
+        name = self._settings.run_name
+        return self._description if name is None else replace(self._description, run_name=name)

@@ -1,0 +1,342 @@
+"""The driver. `Trainer.fit` reads as the story of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from distrain import __version__
+from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
+from distrain.checkpoint import Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
+from distrain.checkpoint_writer import CheckpointWriter
+from distrain.config import TrainConfig
+from distrain.errors import CheckpointError, ClusterError, DistrainError, Interrupted, TrainingError
+from distrain.placement import Cluster, Placement
+from distrain.preparation import Preparation, prepare
+from distrain.progress import Progress, RunInfo, SilentProgress
+from distrain.records import Event, Report
+from distrain.server.loop import LoopSettings, Outcome
+from distrain.server.stopping import HIGHER_IS_BETTER
+from distrain.signals import StopSignals
+from distrain.supervision import Fail, GiveUp, Replace, Supervision
+from distrain.tracking import DatasetDescription, RunDescription, Tracker, make_tracker
+
+_POLL_SECONDS = 0.25
+_SERVER_THREADS = 4  # more do not make an update faster
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `status` is "finished", or "stopped" by a signal."""
+
+    run_id: str | None  # MLflow's, None where tracking is off
+    run_name: str
+    status: str
+    reason: str
+    epochs: int
+    steps: int
+    samples: int
+    samples_per_second: float
+    train_loss: float
+    validation: dict[str, float]
+    parameters_sha256: str
+    checkpoint: str | None
+    rows_per_epoch: int
+    worker_failures: int
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON-able values: what `--json` prints."""
+        values = asdict(self)
+        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+class Trainer:
+    """Runs one training on a Ray cluster: `Trainer(TrainConfig(...)).fit()`.
+
+    `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        progress: Progress | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config = config
+        self._progress = progress or SilentProgress()
+        self._checkpoint = checkpoint
+        self._stop_reason: str | None = None
+        self._worker_refs: dict[Any, int] = {}  # the call under way on each worker -> its rank
+        self._workers: dict[int, Any] = {}
+        self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
+        self._supervision = Supervision(config.workers.count, config.workers.min)
+        self._step = 0
+
+    @classmethod
+    def resume(
+        cls, reference: str, overrides: Sequence[str] = (), progress: Progress | None = None, root: str = "checkpoints"
+    ) -> Trainer:
+        """Go on from a checkpoint: a checkpoint's folder, a run's folder, its name, or its MLflow run id.
+
+        Raises CheckpointError when there is none, it is damaged, or `overrides` change what decides the result.
+        """
+        found = find(reference, root)
+        checkpoint = load(found.path)
+        before = checkpoint.manifest["config"]
+        config = TrainConfig.from_mapping(before, overrides)
+        check_resumable(checkpoint.manifest, config.to_mapping(), {})
+        return cls(config, progress, checkpoint)
+
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Finish the step in flight, write a checkpoint, and end. May be called from any thread."""
+        self._stop_reason = reason
+
+    def fit(self) -> Result:
+        """Train, and return how it went.
+
+        Raises ConfigError or DataError before anything starts, ClusterError or TrackingError where those are out of
+        reach, TrainingError when the user's code fails, DivergenceError when the loss does, and Interrupted after a
+        signal, with a checkpoint written.
+        """
+        with StopSignals(lambda: self.stop("stopped by a signal")) as signals:
+            preparation = prepare(self.config)
+            self._check_checkpoint(preparation)
+            tracker = self._start_tracking(preparation)
+            status = "FAILED"
+            try:
+                cluster = Cluster(self.config.cluster.address, self.config.workers.count, self.config.workers.cpus)
+                signals.install()
+                try:
+                    result = self._train(preparation, cluster, tracker)
+                finally:
+                    cluster.close()
+                status = "FINISHED" if result.status == "finished" else "KILLED"
+            except KeyboardInterrupt:
+                status = "KILLED"
+                raise
+            finally:
+                tracker.finish(status)
+        result = replace(result, seconds={**result.seconds, "total": _seconds_since_process_start()})
+        self._progress.finished(result)
+        if signals.received is not None and result.status == "stopped":
+            raise Interrupted(
+                f"stopped after step {result.steps}; go on with: distrain resume {result.run_id or result.checkpoint}",
+                signals.received,
+            )
+        return result
+
+    def _check_checkpoint(self, preparation: Preparation) -> None:
+        """Refuse to go on with other data than before."""
+        if self._checkpoint is not None:
+            manifest = self._checkpoint.manifest
+            check_resumable(manifest, self.config.to_mapping(), preparation.fingerprints)
+
+    def _train(self, preparation: Preparation, cluster: Cluster, tracker: Tracker) -> Result:
+        placement = cluster.reserve()
+        run = RunSpec(
+            preparation.task, preparation.train, preparation.validation, secrets.token_hex(32), (os.getcwd(),)
+        )
+        server = ray.remote(ServerActor).options(
+            num_cpus=0, max_concurrency=4, max_restarts=0, scheduling_strategy=placement.for_server()
+        ).remote()  # fmt: skip
+        ready = server.prepare.remote(run, self._update_spec(placement), self._restored())
+        start = _WorkerStarter(placement, run, ready, self.config.workers.cpus)
+        for rank in range(self.config.workers.count):
+            self._start_worker(rank, start)
+        num_parameters = self._await_server(ready).num_parameters
+        self._progress.started(self._run_info(preparation, cluster, num_parameters))
+        writer = self._checkpoint_writer(preparation, server, tracker)
+        running = server.run.remote()
+        try:
+            outcome = self._supervise(server, running, start, writer, tracker)
+        finally:
+            writer.close()
+        self._report(_get(server.poll.remote()), writer, tracker)
+        if writer.last_error is not None:
+            raise writer.last_error
+        return self._finish(outcome, preparation, writer, tracker)
+
+    def _supervise(
+        self, server: Any, running: Any, start: _WorkerStarter, writer: CheckpointWriter, tracker: Tracker
+    ) -> Outcome:
+        """Watch over server and workers until the run is over. No Ray call belongs to a step."""
+        stop_sent = False
+        while True:
+            done, _ = ray.wait([running, *self._worker_refs], timeout=_POLL_SECONDS)
+            if running in done:
+                return _get(running)
+            if self._stop_reason is not None and not stop_sent:
+                server.stop.remote(self._stop_reason)
+                stop_sent = True
+            self._report(_get(server.poll.remote()), writer, tracker)
+            for ref in done:
+                self._worker_ended(ref, server, running)
+            now = time.monotonic()
+            for due in [due for due in self._due if due[0] <= now]:
+                self._due.remove(due)
+                self._start_worker(due[1], start)
+
+    def _start_worker(self, rank: int, start: _WorkerStarter) -> None:
+        self._workers[rank], ref = start(rank)
+        self._worker_refs[ref] = rank
+
+    def _worker_ended(self, ref: Any, server: Any, running: Any) -> None:
+        """Decide what follows on a worker's end, and do it."""
+        rank = self._worker_refs.pop(ref)
+        try:
+            ray.get(ref)
+            return  # told to stop: the run is over
+        except RayTaskError as error:
+            cause: Exception = error.cause
+            if isinstance(cause, DistrainError) and ray.wait([running], timeout=1.0)[0]:
+                return  # it told the server, which ends the run
+        except RayActorError as error:
+            cause = error
+        decision = self._supervision.ended(rank, worker_failure(cause), self._step)
+        match decision:
+            case Replace(after_s=after_s):
+                self._due.append((time.monotonic() + after_s, rank))
+            case GiveUp(message=message):
+                self._progress.report(Report(events=[Event(_now_ms(), "lost", message, self._step, rank)]))
+            case Fail(message=message):
+                server.abort.remote(TrainingError(message))
+
+    def _report(self, report: Report, writer: CheckpointWriter, tracker: Tracker) -> None:
+        """Pass on what the server said."""
+        if report.steps:
+            self._step = report.steps[-1].step
+        for event in report.events:
+            if event.kind == "joined":
+                self._supervision.joined(event.rank, event.step)
+            elif event.kind == "lost" and event.rank in self._workers:
+                ray.kill(self._workers[event.rank])  # it may only hang; a dead one does not mind
+        for record in report.steps:
+            tracker.step(record)
+        for validation in report.validations:
+            tracker.validation(validation)
+        self._progress.report(report)
+        writer.wake()
+
+    def _await_server(self, ready: Any) -> Ready:
+        """The server has built the model, or says what is wrong with it."""
+        while not ray.wait([ready], timeout=_POLL_SECONDS)[0]:
+            if self._stop_reason is not None:
+                raise KeyboardInterrupt
+        return _get(ready)
+
+    def _update_spec(self, placement: Placement) -> UpdateSpec:
+        config = self.config
+        loop = LoopSettings(
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            checkpoint_every_steps=config.checkpoint.every_steps,
+            validation_every_steps=config.validation.every_steps,
+            early_stopping=config.early_stopping,
+            convergence=config.convergence,
+            num_workers=config.workers.count,
+            min_workers=config.workers.min,
+            worker_timeout_s=config.workers.timeout_seconds,
+        )
+        threads = config.server.threads or min(_SERVER_THREADS, os.cpu_count() or 1)
+        return UpdateSpec(config.optimizer, config.schedule, config.clip, loop, threads, placement.spans_nodes)
+
+    def _restored(self) -> Restored | None:
+        found = self._checkpoint
+        if found is None:
+            return None
+        return Restored(found.manifest["step"], found.model, found.optimizer, found.manifest["state"])
+
+    def _run_name(self) -> str:
+        """The run's name: its checkpoints' folder is called so."""
+        if self._checkpoint is not None:
+            return str(self._checkpoint.manifest["run_name"])
+        name = self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        unique, number = name, 2
+        while Path(self.config.checkpoint.dir, unique).exists():
+            unique, number = f"{name}-{number}", number + 1
+        return unique
+
+    def _checkpoint_writer(self, preparation: Preparation, server: Any, tracker: Tracker) -> CheckpointWriter:
+        config, dataset = self.config, preparation.train.dataset
+        metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
+        store = CheckpointStore(
+            Path(config.checkpoint.dir, self.run_name), config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER
+        )
+        steps_per_epoch = preparation.train.plan.steps_per_epoch
+
+        def fields(snapshot: Snapshot) -> dict[str, Any]:
+            return {
+                "run_name": self.run_name,
+                "mlflow_run_id": tracker.run_id,
+                "tracking_uri": config.tracking.uri,
+                "step_in_epoch": snapshot.step % steps_per_epoch,
+                "epoch_finished": snapshot.step % steps_per_epoch == 0,
+                "config": {**config.to_mapping(), "shards": preparation.train.plan.num_shards},
+                "data": preparation.fingerprints,
+                "features": list(dataset.columns.features),
+                "labels": list(dataset.columns.labels),
+                "num_features": preparation.task.num_features,
+                "num_outputs": preparation.task.num_outputs,
+                "torch": {"version": torch.__version__, "worker_threads": worker_threads(config.workers.cpus)},
+            }
+
+        def written(step: int, path: Path) -> None:
+            self._progress.report(Report(events=[Event(_now_ms(), "checkpoint", f"checkpoint {path}", step)]))
+
+        def failed(step: int, error: CheckpointError) -> None:
+            self._progress.report(Report(events=[Event(_now_ms(), "checkpoint", error.message, step)]))
+
+        return CheckpointWriter(store, lambda: _get(server.take_snapshot.remote()), fields, written, failed)
+
+
+class _WorkerStarter:
+    """Starts workers, the first time and again."""
+
+    def __init__(self, placement: Placement, run: RunSpec, ready: Any, cpus: float) -> None:
+        self._placement, self._run, self._ready, self._cpus = placement, run, ready, cpus
+
+    def __call__(self, rank: int) -> tuple[Any, Any]:
+        """A worker actor for a rank, and its call under way."""
+        actor = ray.remote(WorkerActor).options(
+            num_cpus=self._cpus, max_restarts=0, scheduling_strategy=self._placement.for_worker(rank)
+        ).remote()  # fmt: skip
+        node = self._placement.server_node
+        return actor, actor.run.remote(rank, self._run, self._ready, node, worker_threads(self._cpus))
+
+
+def worker_threads(cpus: float) -> int:
+    """How many threads a worker computes with. Bits of a gradient depend on it."""
+    return max(1, int(cpus))
+
+
+def _get(ref: Any) -> Any:
+    """`ray.get` with errors for people: ours as they are, a dead server as one line."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DistrainError) else error) from None
+    except RayActorError as error:
+        raise TrainingError(f"the parameter server died: {worker_failure(error)}") from error
+    except RayError as error:
+        raise ClusterError(f"the Ray cluster failed: {error}") from error
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _seconds_since_process_start() -> float:
+    return time.time() - psutil.Process().create_time()

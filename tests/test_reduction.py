@@ -1,0 +1,63 @@
+"""The tree sum is the same to the bit, whoever adds what and in whatever order it arrives."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrain.reduction import Block, Partial, TreeSum
+
+
+def leaves(num_shards: int, seed: int) -> list[Partial]:
+    values = np.random.default_rng(seed).normal(size=(num_shards, 5)).astype(np.float32) * 1e3
+    return [Partial(values[i].copy(), i + 1, float(values[i].sum()), i) for i in range(num_shards)]
+
+
+def recursive_sum(values: np.ndarray, first: int, width: int) -> np.ndarray:
+    """The definition: a node of width w is its left half plus its right half."""
+    if width == 1:
+        return values[first]
+    half = width // 2
+    left = recursive_sum(values, first, half)
+    return left + recursive_sum(values, first + half, half) if first + half < len(values) else left
+
+
+@given(num_shards=st.integers(1, 40), seed=st.integers(0, 9), data=st.data())
+def test_any_split_over_workers_and_any_order_gives_the_same_bits(num_shards: int, seed: int, data: st.DataObject):
+    cuts = sorted(data.draw(st.sets(st.integers(1, num_shards), max_size=5)) | {num_shards})
+    pushed: list[tuple[Block, Partial]] = []
+    first = 0
+    parts = leaves(num_shards, seed)
+    for stop in cuts:
+        worker = TreeSum(num_shards)
+        for shard in range(first, stop):
+            worker.put(Block(shard, shard + 1), parts[shard])
+        pushed += list(worker)
+        first = stop
+    server = TreeSum(num_shards)
+    for block, part in data.draw(st.permutations(pushed)):
+        assert server.total is None
+        server.put(block, part)
+    total = server.total
+    assert total is not None
+    values = np.stack([leaf.vector for leaf in leaves(num_shards, seed)])
+    width = 1 << (num_shards - 1).bit_length()
+    np.testing.assert_array_equal(total.vector, recursive_sum(values, 0, width))
+    assert total.samples == num_shards * (num_shards + 1) // 2
+
+
+@given(num_shards=st.integers(1, 40), data=st.data())
+def test_freed_parts_are_each_part_but_those_left(num_shards: int, data: st.DataObject):
+    tree = TreeSum(num_shards)
+    freed: list[int] = []
+    for shard in data.draw(st.permutations(range(num_shards))):
+        freed += [part.slot for part in tree.put(Block(shard, shard + 1), leaves(num_shards, 0)[shard])]
+    assert sorted([*freed, *(part.slot for _, part in tree)]) == list(range(num_shards))
+
+
+def test_blocks_that_are_not_halves_of_one_node_do_not_join():
+    assert Block(0, 1).joins(Block(1, 2), 4)
+    assert not Block(1, 2).joins(Block(2, 3), 4)
+    assert not Block(0, 2).joins(Block(2, 3), 4)
+    assert Block(0, 2).joins(Block(2, 3), 3)
