@@ -1,128 +1,350 @@
-"""fallback config"""
+"""The configuration: what may be said, with what meaning, and what is checked.
+
+`load_config` reads YAML and overrides; Python users build `TrainConfig(...)` themselves, with nested dicts or models.
+"""
 
 from __future__ import annotations
-import hashlib, json
-from typing import Any, Literal
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from distrain import config_file
 from distrain.errors import ConfigError
 
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@")
+_REFERENCE = re.compile(r"[\w.]+:\w+")
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-class Open(Section):
-    model_config = ConfigDict(frozen=True, extra="allow")
+def _number(value: Any) -> Any:
+    """PyYAML reads 1e-3 as a string (YAML 1.1 wants 1.0e-3)."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _reference(value: str) -> str:
+    if not _REFERENCE.fullmatch(value):
+        raise ValueError('give it as "module:function"')
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Reference = Annotated[str, AfterValidator(_reference)]
+Paths = str | Annotated[list[str], Field(min_length=1)]
+
+
+class _PlainErrors(type(BaseModel)):  # type: ignore[misc]
+    """What Python users build raises ConfigError. (An __init__ would be called for nested sections too, and stop at
+    the first problem.)"""
+
+    def __call__(cls, **values: Any) -> Any:
+        try:
+            return super().__call__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(config_file.explain(error, cls))) from None
+
+
+class _Section(BaseModel, metaclass=_PlainErrors):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class _OpenSection(_Section):
+    """A section that takes further keywords, of a class of torch."""
+
+    model_config = ConfigDict(extra="allow")
+
     @property
     def options(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
+        """The further keywords. Numbers written like 1e-3 are numbers."""
+        return {key: _numbers(value) for key, value in (self.__pydantic_extra__ or {}).items()}
 
-class DataConfig(Section):
-    train: str | list[str]
-    validation: str | list[str] | None = None
-    features: str | list[str] | None = None
-    label: str | list[str]
-    shuffle_rows: int = 65536
-    standardize: bool = False
-    transform: str | None = None
 
-class ModelConfig(Section):
-    name: str | None = "mlp"
-    hidden: list[int] = [256, 256]
-    activation: str = "relu"
-    dropout: float = 0.0
-    batch_norm: bool = False
-    outputs: int | None = None
-    factory: str | None = None
-    args: dict[str, Any] = {}
+def _numbers(value: Any) -> Any:
+    return [_number(item) for item in value] if isinstance(value, list) else _number(value)
 
-class LossConfig(Section):
-    name: str | None = "cross_entropy"
-    factory: str | None = None
-    args: dict[str, Any] = {}
+
+class DataConfig(_Section):
+    """Where the rows are, and which columns matter."""
+
+    train: Paths = Field(description="Training rows: a Parquet file, folder, glob, or list of them; local, s3://, gs://")
+    validation: Paths | None = Field(None, description="Validation rows, likewise; null: no validation")
+    features: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description='Feature columns: a list of names, a glob of names such as "f*", or one list column. '
+        "null: every numeric column but the label; with a transform, every column",
+    )
+    label: str | Annotated[list[str], Field(min_length=1)] = Field(description="The label column, or several")
+    shuffle_rows: Count = Field(65536, description="Rows shuffled together: a window of a shard. Costs memory: two "
+                                "windows of each shard that a worker reads are held")  # fmt: skip
+    standardize: bool = Field(False, description="Subtract each feature's mean over the training rows and divide by its "
+                              "deviation, inside the model")  # fmt: skip
+    transform: Reference | None = Field(
+        None, description='"module:function" that turns a pyarrow RecordBatch into a dict of tensors with "label"'
+    )
+
+
+class ModelConfig(_Section):
+    """A model by name, or from a function of the user's."""
+
+    name: Literal["mlp"] | None = Field("mlp", description="The model: mlp")
+    hidden: list[Count] = Field([256, 256], description="Units of each hidden layer")
+    activation: str = Field("relu", description="Between the layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid")
+    dropout: Annotated[NotNegative, Field(lt=1)] = Field(0.0, description="Share of hidden units dropped in training")
+    batch_norm: bool = Field(False, description="Batch normalization after each hidden linear layer")
+    outputs: Count | None = Field(None, description="Outputs; null: the classes that the footers show, or one for each "
+                                  "label column")  # fmt: skip
+    factory: Reference | None = Field(None, description='"module:function" that returns a torch.nn.Module, in place '
+                                      "of name")  # fmt: skip
+    args: dict[str, Any] = Field({}, description="Keyword arguments of the factory")
+
     @model_validator(mode="before")
     @classmethod
-    def short(cls, v: Any) -> Any:
-        return {"name": v} if isinstance(v, str) else v
+    def _factory_has_no_name(cls, value: Any) -> Any:
+        return _name_or_factory(value)
 
-class OptimizerConfig(Open):
-    name: str = "Adam"
-    lr: float = 0.001
-    weight_decay: float = 0.0
-    decay_all: bool = False
 
-class ScheduleConfig(Open):
-    name: str | None = None
-    warmup_steps: int = 0
+class LossConfig(_Section):
+    """A loss by name, or from a function of the user's. `loss: mse` is short for `loss: {name: mse}`."""
 
-class ClipConfig(Section):
-    norm: float | None = None
-    value: float | None = None
+    name: Literal["mse", "cross_entropy", "binary_cross_entropy"] | None = Field(
+        "cross_entropy", description="The loss: cross_entropy and binary_cross_entropy (from logits), or mse"
+    )
+    factory: Reference | None = Field(None, description='"module:function" that returns a function of (outputs, label) '
+                                      "that gives the loss of each row, in place of name")  # fmt: skip
+    args: dict[str, Any] = Field({}, description="Keyword arguments of the factory")
 
-class WorkersConfig(Section):
-    count: int = 2
-    min: int = 1
-    cpus: float = 1
-    gpus: Literal[0] = 0
-    precision: Literal["fp32"] = "fp32"
-    timeout_seconds: float = 60
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return _name_or_factory({"name": value} if isinstance(value, str) else value)
 
-class ServerConfig(Section):
-    mode: Literal["sync"] = "sync"
-    staleness: Literal[0] = 0
-    slices: Literal[1] = 1
-    threads: int | None = None
 
-class CheckpointConfig(Section):
-    dir: str = "checkpoints"
-    every_steps: int | None = 500
-    keep: int = 3
+def _name_or_factory(value: Any) -> Any:
+    if isinstance(value, Mapping) and value.get("factory") is not None:
+        if value.get("name") is not None:
+            raise ValueError("give either name or factory, not both")
+        return {**value, "name": None}
+    if isinstance(value, Mapping) and value.get("args"):
+        raise ValueError("args go with a factory")
+    return value
 
-class TrackingConfig(Section):
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str = "distrain"
-    run_name: str | None = None
-    every_steps: int | None = None
-    registered_model_name: str | None = None
-    enabled: bool = True
 
-class ValidationConfig(Section):
-    every_steps: int | None = None
-    batch_size: int | None = None
+class OptimizerConfig(_OpenSection):
+    """Any optimizer of torch.optim; further keys are its own keywords."""
 
-class EarlyStoppingConfig(Section):
-    metric: str = "loss"
-    patience: int = 3
-    min_delta: float = 0.0
+    name: str = Field("Adam", description="A class of torch.optim, by its own name")
+    lr: Positive = Field(0.001, description="Learning rate")
+    weight_decay: NotNegative = Field(0.0, description="Weight decay; biases and normalization layers go without")
+    decay_all: bool = Field(False, description="Decay biases and normalization layers too")
 
-class ConvergenceConfig(Section):
-    loss_change: float | None = None
-    grad_norm: float | None = None
-    window: int = 100
 
-class ClusterConfig(Section):
-    address: str | None = None
+class ScheduleConfig(_OpenSection):
+    """Any schedule of torch.optim.lr_scheduler, stepped after each update; further keys are its own keywords."""
 
-class TrainConfig(Section):
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig | None = None
-    clip: ClipConfig | None = None
-    batch_size: int = 256
-    epochs: int = 3
-    max_steps: int | None = None
-    shards: int | None = None
-    seed: int = 0
-    workers: WorkersConfig = WorkersConfig()
-    server: ServerConfig = ServerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    validation: ValidationConfig = ValidationConfig()
-    early_stopping: EarlyStoppingConfig | None = None
-    convergence: ConvergenceConfig | None = None
-    cluster: ClusterConfig = ClusterConfig()
+    name: str | None = Field(None, description="A class of torch.optim.lr_scheduler; null: constant after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps in which the rate rises linearly first")
+
+
+class ClipConfig(_Section):
+    """Clip the averaged gradient, by its norm or by value."""
+
+    norm: Positive | None = Field(None, description="Largest L2 norm of the whole gradient")
+    value: Positive | None = Field(None, description="Largest absolute value of each entry")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> ClipConfig:
+        if (self.norm is None) == (self.value is None):
+            raise ValueError("give exactly one of norm and value")
+        return self
+
+
+class WorkersConfig(_Section):
+    """Who computes gradients."""
+
+    count: Count = Field(2, description="Worker actors")
+    min: Count = Field(1, description="Fewer than this many left end the run")
+    cpus: Positive = Field(1, description="CPUs of each worker; it computes with as many threads")
+    gpus: Literal[0] = Field(0, description="GPUs of each worker; only 0 is supported so far")
+    precision: Literal["fp32"] = Field("fp32", description="Arithmetic of the workers; only fp32 is supported so far")
+    timeout_seconds: Positive = Field(60, description="A worker silent for so long in a step is given up and replaced")
+
+
+class ServerConfig(_Section):
+    """Who averages and updates."""
+
+    mode: Literal["sync"] = Field("sync", description="Only sync is supported so far: each step waits for all shards")
+    staleness: Literal[0] = Field(0, description="Updates that a gradient's parameters may lag; only 0 so far")
+    slices: Literal[1] = Field(1, description="Parameter servers that share the model; only 1 so far")
+    threads: Count | None = Field(None, description="Threads of an update; null: the machine's cores, at most 4")
+
+
+class CheckpointConfig(_Section):
+    """What is kept on disk."""
+
+    dir: str = Field("checkpoints", description="Folder; each run has one of its own in it")
+    every_steps: Count | None = Field(500, description="Steps between checkpoints, beside each epoch's end; null: none")
+    keep: Count = Field(3, description="The last so many are kept, and the best")
+
+
+class TrackingConfig(_Section):
+    """MLflow."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="Tracking store: sqlite:///FILE, or a server's http(s):// URI")
+    experiment: str = Field("distrain", description="Experiment that the run belongs to")
+    run_name: str | None = Field(None, description="The run's name, and its checkpoints' folder; null: date and time")
+    every_steps: Count | None = Field(None, description="Steps averaged into one point of a metric; null: each of the "
+                                      "first 1000 steps, then half seconds")  # fmt: skip
+    registered_model_name: str | None = Field(None, description="Register the final model under this name")
+    enabled: bool = Field(True, description="false: no tracking at all")
+
+
+class ValidationConfig(_Section):
+    """When and how to validate; the rows are data.validation."""
+
+    every_steps: Count | None = Field(None, description="Steps between validations, beside each epoch's end")
+    batch_size: Count | None = Field(None, description="Rows of a validation step; null: batch_size")
+
+
+class EarlyStoppingConfig(_Section):
+    """End the run when validation no longer improves."""
+
+    metric: str = Field("loss", description="The validation metric: loss, accuracy, mean_absolute_error, r2")
+    patience: Count = Field(3, description="Validations without improvement")
+    min_delta: NotNegative = Field(0.0, description="What counts as one")
+
+
+class ConvergenceConfig(_Section):
+    """End the run when training no longer moves."""
+
+    loss_change: Positive | None = Field(None, description="The mean loss changes by less from one window to the next")
+    grad_norm: Positive | None = Field(None, description="The mean gradient norm over a window is less")
+    window: Count = Field(100, description="Steps of a window")
+
+    @model_validator(mode="after")
+    def _some_rule(self) -> ConvergenceConfig:
+        if self.loss_change is None and self.grad_norm is None:
+            raise ValueError("give loss_change, grad_norm or both")
+        return self
+
+
+class ClusterConfig(_Section):
+    """Which Ray cluster."""
+
+    address: str | None = Field(None, description='A Ray cluster\'s address; null: RAY_ADDRESS if set, else a Ray of '
+                                'its own on this machine; "local": always that')  # fmt: skip
+
+
+class TrainConfig(_Section):
+    """One training run."""
+
+    data: DataConfig = Field(description="The rows")
+    model: ModelConfig = Field(ModelConfig(), description="The model")
+    loss: LossConfig = Field(LossConfig(), description="The loss")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer")
+    schedule: ScheduleConfig | None = Field(None, description="The learning rate's schedule; null: constant")
+    clip: ClipConfig | None = Field(None, description="Gradient clipping; null: none")
+    batch_size: Count = Field(256, description="Rows of a step, over all workers: the global minibatch")
+    epochs: Count = Field(3, description="Passes over the training rows")
+    max_steps: Count | None = Field(None, description="End after so many steps, if that is sooner")
+    shards: Count | None = Field(None, description="Equal spans of each epoch's rows; decides the weights' bits, unlike "
+                                 "the worker count. null: workers.count")  # fmt: skip
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Of initial weights, shuffling and dropout")
+    workers: WorkersConfig = Field(WorkersConfig(), description="Who computes gradients")
+    server: ServerConfig = Field(ServerConfig(), description="Who averages and updates")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is kept on disk")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    validation: ValidationConfig = Field(ValidationConfig(), description="When to validate")
+    early_stopping: EarlyStoppingConfig | None = Field(None, description="Stop on validation; null: never")
+    convergence: ConvergenceConfig | None = Field(None, description="Stop when nothing moves; null: never")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="Which Ray cluster")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        if self.resolved_shards > self.batch_size:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and there are {self.resolved_shards} shards: a step needs a row for "
+                "each (raise batch_size, or lower shards or workers.count)"
+            )
+        if self.workers.min > self.workers.count:
+            raise ValueError(f"workers.min is {self.workers.min}, more than workers.count, {self.workers.count}")
+        if self.data.validation is None:
+            for key, value in (
+                ("early_stopping", self.early_stopping),
+                ("validation.every_steps", self.validation.every_steps),
+            ):
+                if value is not None:
+                    raise ValueError(f"{key} needs data.validation")
+        if self.data.standardize and self.data.transform is not None:
+            raise ValueError("data.standardize has no features to measure with data.transform; leave one of them out")
+        return self
+
     @property
     def resolved_shards(self) -> int:
+        """The number of shards: `shards`, else the worker count."""
         return self.shards or self.workers.count
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+        """Build from nested values and `dotted.key=value` overrides. Raises ConfigError with every problem."""
+        return _build(config_file.Document(dict(values)), overrides)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The resolved configuration as nested JSON-able values, without credentials, in the order of the keys."""
+        return _without_secrets(self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that reads back as the same, but for credentials."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, default_flow_style=None, width=100)
+
+    def sha256(self) -> str:
+        """Fingerprint of the resolved configuration."""
+        canonical = json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+Check = Callable[["TrainConfig"], list[tuple[str, str]]]
+"""Says what is wrong with a configuration beyond its form: (dotted key, what)."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), check: Check | None = None) -> TrainConfig:
+    """Read a configuration from YAML, with `dotted.key=value` overrides; `check` may find further problems.
+
+    Raises ConfigError that lists every problem, a line each: file, line, key, what is wrong, what was meant.
+    """
+    return _build(config_file.read(path), overrides, check)
+
+
+def _build(document: config_file.Document, overrides: Sequence[str], check: Check | None = None) -> TrainConfig:
+    problems = list(document.problems)
+    for override in overrides:
+        problems += document.override(override)
+    try:
+        config = TrainConfig.model_validate(document.values)
+        if check is not None:
+            problems += [f"{document.where(tuple(key.split('.')))}: {text}" for key, text in check(config)]
+    except ValidationError as error:
+        problems += config_file.explain(error, TrainConfig, document)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return _USER_INFO.sub("***@", value)
+    if isinstance(value, dict):
+        return {key: _without_secrets(item) for key, item in value.items()}
+    return [_without_secrets(item) for item in value] if isinstance(value, list) else value

@@ -22,32 +22,42 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Whenever the process or the machine dies, either the new folder is there or the old one is (see `replaced`).
     Raises OSError, after taking away what was written.
     """
-    missing = [path for path in (folder.parent, *folder.parent.parents) if not path.exists()]
     hidden = _hidden(folder, "writing")
     aside = None
+    with creating_folder(folder.parent):
+        try:
+            hidden.mkdir()
+            for name, content in files.items():
+                _write(hidden / name, content)
+            _sync(hidden)
+            if folder.exists():
+                # A folder cannot be renamed over one that holds files.
+                aside = folder.rename(_hidden(folder, "replaced"))
+            hidden.rename(folder)
+            _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            if aside is not None and not folder.exists():
+                aside.rename(folder)
+            raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def creating_folder(folder: Path) -> Iterator[None]:
+    """Create `folder` and its parents where missing; when the block fails, take away those that were created."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
             _sync(path.parent)
-        hidden.mkdir()
-        for name, content in files.items():
-            _write(hidden / name, content)
-        _sync(hidden)
-        if folder.exists():
-            # A folder cannot be renamed over one that holds files.
-            aside = folder.rename(_hidden(folder, "replaced"))
-        hidden.rename(folder)
-        _sync(folder.parent)
+        yield
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        if aside is not None and not folder.exists():
-            aside.rename(folder)
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -63,6 +64,9 @@ class Cluster:
             self._attach(address)
         if not self.is_local:
             self.resources = self._check_room()
+        # The id of a submitted job; Ray tells its driver in this variable.
+        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+        self.job_id: str | None = job.get("metadata", {}).get("job_submission_id")
 
     def _start_local(self) -> None:
         self._temporary = tempfile.mkdtemp(prefix="distrain-ray-")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,22 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from distrain import __version__
 from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
-from distrain.checkpoint import Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
+from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
 from distrain.errors import CheckpointError, ClusterError, DistrainError, Interrupted, TrainingError
 from distrain.placement import Cluster, Placement
+from distrain.learning.model_state import restore_model
+from distrain.learning.task import build_task
 from distrain.preparation import Preparation, prepare
 from distrain.progress import Progress, RunInfo, SilentProgress
 from distrain.records import Event, Report
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.stopping import HIGHER_IS_BETTER
-from distrain.signals import StopSignals
+from distrain.signals import SIGNALS, StopSignals
 from distrain.supervision import Fail, GiveUp, Replace, Supervision
-from distrain.tracking import DatasetDescription, RunDescription, Tracker, make_tracker
+from distrain.tracking import DatasetDescription, ModelInput, RunDescription, Tracker, check_reachable, make_tracker
 
 _POLL_SECONDS = 0.25
 _SERVER_THREADS = 4  # more do not make an update faster
@@ -83,7 +83,8 @@ class Trainer:
         self._workers: dict[int, Any] = {}
         self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
         self._supervision = Supervision(config.workers.count, config.workers.min)
-        self._step = 0
+        self._step = checkpoint.manifest["step"] if checkpoint is not None else 0
+        self.run_name = self._run_name()
 
     @classmethod
     def resume(
@@ -111,40 +112,54 @@ class Trainer:
         reach, TrainingError when the user's code fails, DivergenceError when the loss does, and Interrupted after a
         signal, with a checkpoint written.
         """
-        with StopSignals(lambda: self.stop("stopped by a signal")) as signals:
-            preparation = prepare(self.config)
-            self._check_checkpoint(preparation)
-            tracker = self._start_tracking(preparation)
-            status = "FAILED"
-            try:
-                cluster = Cluster(self.config.cluster.address, self.config.workers.count, self.config.workers.cpus)
-                signals.install()
-                try:
-                    result = self._train(preparation, cluster, tracker)
-                finally:
-                    cluster.close()
-                status = "FINISHED" if result.status == "finished" else "KILLED"
-            except KeyboardInterrupt:
-                status = "KILLED"
-                raise
-            finally:
-                tracker.finish(status)
-        result = replace(result, seconds={**result.seconds, "total": _seconds_since_process_start()})
-        self._progress.finished(result)
+        try:
+            with StopSignals(lambda: self.stop("stopped by a signal")) as signals:
+                result = self._fit(signals)
+            result = replace(result, seconds={**result.seconds, "total": _seconds_since_process_start()})
+            self._progress.finished(result)
+        finally:
+            self._progress.close()
         if signals.received is not None and result.status == "stopped":
             raise Interrupted(
-                f"stopped after step {result.steps}; go on with: distrain resume {result.run_id or result.checkpoint}",
-                signals.received,
+                f"stopped after step {result.steps}; go on with: distrain resume {result.checkpoint}", signals.received
             )
         return result
 
-    def _check_checkpoint(self, preparation: Preparation) -> None:
-        """Refuse to go on with other data than before."""
+    def _fit(self, signals: StopSignals) -> Result:
+        config = self.config
+        self._progress.phase("reading footers")
+        preparation = prepare(config)
         if self._checkpoint is not None:
-            manifest = self._checkpoint.manifest
-            check_resumable(manifest, self.config.to_mapping(), preparation.fingerprints)
+            check_resumable(self._checkpoint.manifest, config.to_mapping(), preparation.fingerprints)
+        if config.tracking.enabled:
+            check_reachable(config.tracking.uri)
+        self._progress.phase("starting Ray")
+        cluster = Cluster(config.cluster.address, config.workers.count, config.workers.cpus)
+        signals.install()  # Ray has installed its own
+        try:
+            tracker = make_tracker(
+                config.tracking, self._description(preparation, cluster), self._folder, self._progress.note
+            )
+            tracker.start()
+            status = "FAILED"
+            try:
+                result = self._train(preparation, cluster, tracker)
+                status = "FINISHED" if result.status == "finished" else "KILLED"
+            except _StoppedEarly as stopped:
+                status = "KILLED"
+                raise Interrupted("stopped before the first step", signals.received or SIGNALS[0]) from stopped
+            finally:
+                tracker.finish(status)
+        finally:
+            cluster.close()
+        return result
 
     def _train(self, preparation: Preparation, cluster: Cluster, tracker: Tracker) -> Result:
+        self._progress.phase("starting workers")
+        if cluster.resources.shared_cores:
+            self._progress.note(
+                f"{self.config.workers.count} workers share the {cluster.resources.there_cpus:g} cores of this machine"
+            )
         placement = cluster.reserve()
         run = RunSpec(
             preparation.task, preparation.train, preparation.validation, secrets.token_hex(32), (os.getcwd(),)
@@ -157,7 +172,7 @@ class Trainer:
         for rank in range(self.config.workers.count):
             self._start_worker(rank, start)
         num_parameters = self._await_server(ready).num_parameters
-        self._progress.started(self._run_info(preparation, cluster, num_parameters))
+        self._progress.started(self._run_info(preparation, num_parameters))
         writer = self._checkpoint_writer(preparation, server, tracker)
         running = server.run.remote()
         try:
@@ -210,7 +225,7 @@ class Trainer:
             case Replace(after_s=after_s):
                 self._due.append((time.monotonic() + after_s, rank))
             case GiveUp(message=message):
-                self._progress.report(Report(events=[Event(_now_ms(), "lost", message, self._step, rank)]))
+                self._progress.note(message)
             case Fail(message=message):
                 server.abort.remote(TrainingError(message))
 
@@ -223,6 +238,7 @@ class Trainer:
                 self._supervision.joined(event.rank, event.step)
             elif event.kind == "lost" and event.rank in self._workers:
                 ray.kill(self._workers[event.rank])  # it may only hang; a dead one does not mind
+            tracker.event(event)
         for record in report.steps:
             tracker.step(record)
         for validation in report.validations:
@@ -234,7 +250,7 @@ class Trainer:
         """The server has built the model, or says what is wrong with it."""
         while not ray.wait([ready], timeout=_POLL_SECONDS)[0]:
             if self._stop_reason is not None:
-                raise KeyboardInterrupt
+                raise _StoppedEarly
         return _get(ready)
 
     def _update_spec(self, placement: Placement) -> UpdateSpec:
@@ -273,7 +289,7 @@ class Trainer:
         config, dataset = self.config, preparation.train.dataset
         metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
         store = CheckpointStore(
-            Path(config.checkpoint.dir, self.run_name), config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER
+            self._folder, config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER
         )
         steps_per_epoch = preparation.train.plan.steps_per_epoch
 
@@ -294,12 +310,125 @@ class Trainer:
             }
 
         def written(step: int, path: Path) -> None:
-            self._progress.report(Report(events=[Event(_now_ms(), "checkpoint", f"checkpoint {path}", step)]))
+            tracker.event(Event(_now_ms(), "checkpoint", f"checkpoint {path}", step))
 
         def failed(step: int, error: CheckpointError) -> None:
-            self._progress.report(Report(events=[Event(_now_ms(), "checkpoint", error.message, step)]))
+            tracker.event(Event(_now_ms(), "checkpoint", error.message, step))
+            self._progress.note(f"no checkpoint of step {step}: {error.message}")
 
         return CheckpointWriter(store, lambda: _get(server.take_snapshot.remote()), fields, written, failed)
+
+    @property
+    def _folder(self) -> Path:
+        """The run's checkpoints."""
+        if self._checkpoint is not None:
+            return self._checkpoint.path.parent
+        return Path(self.config.checkpoint.dir, self.run_name)
+
+    def _description(self, preparation: Preparation, cluster: Cluster) -> RunDescription:
+        config = self.config
+        tags = {"distrain.checkpoints": str(self._folder.absolute())}
+        if cluster.job_id is not None:
+            tags["distrain.ray_job_id"] = cluster.job_id
+        resumed_run = None
+        if self._checkpoint is not None:
+            tags["distrain.resumed_from"] = str(self._checkpoint.path)
+            resumed_run = self._checkpoint.manifest["mlflow_run_id"]
+        sources = [("training", preparation.train), ("validation", preparation.validation)]
+        datasets = tuple(
+            DatasetDescription(
+                name=context,
+                source=source.dataset.source,
+                digest=source.dataset.fingerprint,
+                num_rows=source.dataset.num_rows,
+                columns=source.dataset.columns.types,
+                context=context,
+            )
+            for context, source in sources
+            if source is not None
+        )
+        return RunDescription(
+            config_yaml=config.to_yaml(),
+            config_sha256=config.sha256(),
+            params=flat(config.to_mapping()),
+            tags=tags,
+            datasets=datasets,
+            run_name=self.run_name,
+            resume_run_id=resumed_run,
+        )
+
+    def _run_info(self, preparation: Preparation, num_parameters: int) -> RunInfo:
+        config, plan = self.config, preparation.train.plan
+        steps = config.epochs * plan.steps_per_epoch
+        return RunInfo(
+            run_name=self.run_name,
+            total_steps=min(steps, config.max_steps) if config.max_steps is not None else steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            epochs=config.epochs,
+            num_rows=plan.num_rows,
+            batch_size=config.batch_size,
+            num_parameters=num_parameters,
+            num_workers=config.workers.count,
+            first_step=self._step,
+            tracking_uri=config.tracking.uri if config.tracking.enabled else None,
+        )
+
+    def _finish(
+        self, outcome: Outcome, preparation: Preparation, writer: CheckpointWriter, tracker: Tracker
+    ) -> Result:
+        """Log the model, and put the result together."""
+        path = writer.last or (self._checkpoint.path if self._checkpoint is not None else None)
+        if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
+            self._log_model(load(path), preparation, tracker)
+        startup = outcome.first_step_ms / 1000 - psutil.Process().create_time() if outcome.first_step_ms else math.nan
+        return Result(
+            run_id=tracker.run_id,
+            run_name=self.run_name,
+            status=outcome.status,
+            reason=outcome.reason,
+            epochs=outcome.epoch,
+            steps=outcome.step,
+            samples=outcome.samples,
+            samples_per_second=outcome.samples_per_second,
+            train_loss=outcome.train_loss,
+            validation=outcome.validation,
+            parameters_sha256=outcome.parameters_sha256,
+            checkpoint=str(path) if path is not None else None,
+            rows_per_epoch=preparation.train.plan.num_rows,
+            worker_failures=self._supervision.failures,
+            seconds={"startup": startup, "training": outcome.training_s, "total": math.nan},
+        )
+
+    def _log_model(self, checkpoint: Checkpoint, preparation: Preparation, tracker: Tracker) -> None:
+        """Hand the final model to MLflow, with an example of its input."""
+        model = build_task(preparation.task).model
+        restore_model(model, checkpoint.model)
+        dataset = preparation.train.dataset
+        group = next(number for number, rows in enumerate(dataset.row_counts) if rows)
+        rows = next(dataset.read(group, 0, min(2, dataset.row_counts[group])))
+        kinds = dict(dataset.columns.types)
+        inputs = [
+            ModelInput(name, tensor, tuple((c, kinds[c]) for c in dataset.columns.features) if name == "features" else ())
+            for name, tensor in rows.items()
+            if name != "label"
+        ]
+        tracker.model(model.eval(), inputs, checkpoint.manifest["step"])
+        tracker.artifact_file(checkpoint.path / MODEL)
+
+
+class _StoppedEarly(Exception):
+    """Asked to stop before the first step."""
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 class _WorkerStarter:

@@ -141,7 +141,7 @@ class Columns:
         said = f"{where}: data.transform {self.transform} returned"
         if not isinstance(result, dict) or not all(isinstance(value, Tensor) for value in result.values()):
             raise TrainingError(f"{said} {type(result).__name__}, not a dict of tensors")
-        if len(result) < 2 or (self.labels and "label" not in result):
+        if not result.keys() - {"label"} or (self.labels and "label" not in result):
             raise TrainingError(f'{said} {sorted(result)}: it needs "label" and at least one input of the model')
         for name, tensor in result.items():
             if tensor.ndim == 0 or len(tensor) != batch.num_rows:

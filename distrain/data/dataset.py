@@ -88,12 +88,19 @@ class Dataset:
 
         Only the columns needed are read. Raises DataError naming file, row group and column.
         """
+        for _, tensors in self.read_beside(row_group, start, stop):
+            yield tensors
+
+    def read_beside(
+        self, row_group: int, start: int, stop: int, also: tuple[str, ...] = ()
+    ) -> Iterator[tuple[pa.RecordBatch, Batch]]:
+        """As `read`, with the Arrow rows beside their tensors; they hold the columns named in `also` too."""
         group = self.row_groups[row_group]
         file = self.files[group.file]
         where = Location(file.path, group.index)
         position = 0
         try:
-            for batch in self._batches(file, group):
+            for batch in self._batches(file, group, also):
                 first = max(start, position)
                 position += batch.num_rows
                 if position <= first:
@@ -101,7 +108,8 @@ class Dataset:
                 count = min(stop, position) - first
                 if count > 0:
                     rows = batch.slice(first - (position - batch.num_rows), count)
-                    yield self.columns.to_tensors(rows, Location(file.path, group.index, first))
+                    needed = rows.select(self.columns.read) if also else rows
+                    yield rows, self.columns.to_tensors(needed, Location(file.path, group.index, first))
                 if position >= stop and stop < group.num_rows:
                     return
         except _READ_ERRORS as error:
@@ -109,7 +117,7 @@ class Dataset:
         if position != group.num_rows:
             raise DataError(f"{where}: the footer says {group.num_rows} rows, and {position} came: the file is damaged")
 
-    def _batches(self, file: DataFile, group: RowGroup) -> Iterator[pa.RecordBatch]:
+    def _batches(self, file: DataFile, group: RowGroup, also: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
         files, path = filesystem(file.path)
         with files.open_input_file(path) as source:
             if source.size() != file.size_bytes:
@@ -123,7 +131,10 @@ class Dataset:
             row_bytes = max(1, group.num_bytes // max(1, group.num_rows))
             batch_rows = max(256, min(65536, _BATCH_BYTES // row_bytes))
             yield from parquet.iter_batches(
-                batch_rows, row_groups=[group.index], columns=list(self.columns.read), use_threads=False
+                batch_rows,
+                row_groups=[group.index],
+                columns=list(dict.fromkeys((*self.columns.read, *also))),
+                use_threads=False,
             )
 
 

@@ -109,9 +109,8 @@ def _from_factory(config: ModelConfig) -> nn.Module:
 
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Run the model on a microbatch: by position where its only input is "features", else by keyword."""
-    if "features" in batch and len(batch) == 2:
-        return model(batch["features"])
-    return model(**{name: tensor for name, tensor in batch.items() if name != "label"})
+    inputs = {name: tensor for name, tensor in batch.items() if name != "label"}
+    return model(inputs["features"]) if inputs.keys() == {"features"} else model(**inputs)
 
 
 def minimum_rows(model: nn.Module) -> int:

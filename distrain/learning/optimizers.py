@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -36,19 +37,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     With weight decay, biases and the parameters of normalization layers go without, unless `decay_all`. The fused
     implementation is used where torch has one for the CPU. Raises ConfigError for an unknown name, keyword or value.
     """
-    kind = _optimizer_class(config.name)
+    problems = check_optimizer(config)
+    if problems:
+        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
+    kind = getattr(torch.optim, config.name)
     signature = inspect.signature(kind).parameters
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
-    for key in options:
-        if key not in signature or key in _OURS:
-            near = get_close_matches(key, set(signature) - _OURS, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"optimizer.{key}: torch.optim.{config.name} has no such keyword{hint}")
     options["lr"] = config.lr
     if "weight_decay" in signature:
         options["weight_decay"] = config.weight_decay
-    elif config.weight_decay:
-        raise ConfigError(f"optimizer.weight_decay: torch.optim.{config.name} has no weight decay")
     groups = _groups(model, config)
     try:
         if "fused" in signature:
@@ -61,15 +58,30 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         raise ConfigError(f"optimizer: torch.optim.{config.name} refused its values: {error}") from error
 
 
-def _optimizer_class(name: str) -> Any:
-    if name in _REFUSED:
-        raise ConfigError(f"optimizer.name: {name} cannot be used: {_REFUSED[name]}")
+def check_optimizer(config: OptimizerConfig) -> list[tuple[str, str]]:
+    """What is wrong with an optimizer's name and keywords: (key, what), nothing where all is well."""
+    if config.name in _REFUSED:
+        return [("optimizer.name", f"{config.name} cannot be used: {_REFUSED[config.name]}")]
     names = optimizer_names()
-    if name not in names:
-        near = get_close_matches(name, names, 1) or [n for n in names if n.lower() == name.lower()]
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
-        raise ConfigError(f"optimizer.name: torch.optim has no optimizer {name!r}{hint}")
-    return getattr(torch.optim, name)
+    if config.name not in names:
+        return [("optimizer.name", f"torch.optim has no optimizer {config.name!r}{did_you_mean(config.name, names)}")]
+    signature = set(inspect.signature(getattr(torch.optim, config.name)).parameters)
+    known = {*signature - _OURS, *OptimizerConfig.model_fields}
+    problems = [
+        (f"optimizer.{key}", f"torch.optim.{config.name} has no such keyword{did_you_mean(key, sorted(known))}")
+        for key in config.options
+        if key not in signature or key in _OURS
+    ]
+    if config.weight_decay and "weight_decay" not in signature:
+        problems.append(("optimizer.weight_decay", f"torch.optim.{config.name} has no weight decay"))
+    return problems
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """The nearest of the names there are, or all of them."""
+    same = [other for other in names if other.lower() == name.lower()]
+    near = same or get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
 
 
 def _groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.optim import lr_scheduler
 
 from distrain.config import ScheduleConfig
 from distrain.errors import ConfigError
+from distrain.learning.optimizers import did_you_mean
 
 _REFUSED = {
     "LambdaLR": "it needs a Python function",
@@ -95,26 +95,41 @@ def schedule_names() -> list[str]:
     )
 
 
-def _build(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:
-    name = config.name or ""
+def check_schedule(config: ScheduleConfig | None) -> list[tuple[str, str]]:
+    """What is wrong with a schedule's name and keywords: (key, what), nothing where all is well."""
+    if config is None:
+        return []
+    name = config.name
+    if name is None:
+        return [(f"schedule.{key}", "a keyword of a schedule, but schedule.name names none") for key in config.options]
     if name in _REFUSED:
-        raise ConfigError(f"schedule.name: {name} cannot be used: {_REFUSED[name]}")
+        return [("schedule.name", f"{name} cannot be used: {_REFUSED[name]}")]
     names = schedule_names()
     if name not in names:
-        near = get_close_matches(name, names, 1) or [n for n in names if n.lower() == name.lower()]
-        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
-        raise ConfigError(f"schedule.name: torch.optim.lr_scheduler has no schedule {name!r}{hint}")
+        return [("schedule.name", f"torch.optim.lr_scheduler has no schedule {name!r}{did_you_mean(name, names)}")]
     kind = getattr(lr_scheduler, name)
-    signature = set(inspect.signature(kind).parameters) - {"optimizer", "last_epoch"}
-    for key in config.options:
-        if key not in signature:
-            near = get_close_matches(key, signature, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"schedule.{key}: torch.optim.lr_scheduler.{name} has no such keyword{hint}")
+    signature = inspect.signature(kind).parameters
+    known = {*signature, *ScheduleConfig.model_fields} - {"optimizer", "last_epoch"}
+    return [
+        (f"schedule.{key}", f"torch.optim.lr_scheduler.{name} has no such keyword{did_you_mean(key, sorted(known))}")
+        for key in config.options
+        if key not in known
+    ] + [
+        (f"schedule.{key}", f"missing: torch.optim.lr_scheduler.{name} needs it")
+        for key, parameter in signature.items()
+        if parameter.default is parameter.empty and key != "optimizer" and key not in config.options
+    ]
+
+
+def _build(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:
+    problems = check_schedule(config)
+    if problems:
+        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
+    assert config.name is not None
     try:
-        return kind(optimizer, **config.options)
+        return getattr(lr_scheduler, config.name)(optimizer, **config.options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule: torch.optim.lr_scheduler.{name} refused its values: {error}") from error
+        raise ConfigError(f"schedule: torch.optim.lr_scheduler.{config.name} refused its values: {error}") from error
 
 
 def _is_plain(value: Any) -> bool:

@@ -37,7 +37,8 @@ class Reports:
         with self._lock:
             self._snapshots.append(snapshot)
             if len(self._snapshots) > _MAX_SNAPSHOTS:
-                victim = next((s for s in self._snapshots if not s.metrics), self._snapshots[0])
+                older = list(self._snapshots)[:-1]
+                victim = next((s for s in older if not s.metrics), older[0])
                 self._snapshots.remove(victim)
 
     def drain(self) -> Report:

@@ -50,10 +50,11 @@ def check_reachable(uri: str) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise TrackingError(f"tracking.uri: {path.parent}: no such folder")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise TrackingError(f"tracking.uri: {path}: cannot be written")
+    there = path
+    while not there.exists():  # MLflow makes the folders that are missing
+        there = there.parent
+    if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        raise TrackingError(f"tracking.uri: {path}: {there} cannot be written")
 
 
 def _check_server(uri: str) -> None:

@@ -48,8 +48,9 @@ _MAX_SCHEMA_CHARS = 1_000_000
 _BATCH = 1000  # metrics in one call
 _SMALL_BATCH = 100  # params or tags in one call
 
-for name in ("mlflow", "alembic"):  # they tell of each of 50 migrations
-    logging.getLogger(name).setLevel(logging.WARNING)
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of 50 migrations
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells of each attempt to reach a server
 
 
 class MlflowRun:

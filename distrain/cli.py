@@ -1,0 +1,204 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distrain import __version__
+from distrain.errors import ConfigError, DistrainError
+
+if TYPE_CHECKING:
+    from distrain.config import TrainConfig
+
+# Imports of what a verb needs stand inside it: --help and config must not wait for torch, Ray and MLflow.
+
+_OVERRIDES = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last, on standard output.")
+
+
+class _Verbs(click.Group):
+    """Turns our errors into a message and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # The user's modules ("module:function") are looked up from the current folder.
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DistrainError as error:
+            for line in error.message.splitlines() if isinstance(error, ConfigError) else [error.message]:
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception:
+            traceback.print_exc()
+            ctx.exit(1)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="distrain")
+def main() -> None:
+    """Train PyTorch models data-parallel, straight from Parquet, on any Ray cluster.
+
+    \b
+    distrain plan jobs/digits.yaml                    what a run would be
+    distrain train jobs/digits.yaml workers.count=4   run it
+    distrain ui jobs/digits.yaml                      browse it in MLflow
+    """
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@_JSON
+def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Train as the YAML file CONFIG says.
+
+    Any key can be overridden: distrain train jobs/digits.yaml batch_size=128 optimizer.lr=1e-3
+
+    Starts a Ray of its own unless RAY_ADDRESS or cluster.address names a cluster. Ctrl-C finishes the step and writes
+    a checkpoint to resume from.
+    """
+    loaded = _load(config, overrides)
+    from distrain.progress import make_progress
+    from distrain.trainer import Trainer
+
+    _print_result(Trainer(loaded, make_progress()).fit().to_json(), as_json)
+
+
+@main.command()
+@click.argument("run", metavar="RUN|CHECKPOINT")
+@_OVERRIDES
+@click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+@_JSON
+def resume(run: str, overrides: tuple[str, ...], root: str, as_json: bool) -> None:
+    """Go on with a run where its last good checkpoint left it, in the same MLflow run.
+
+    RUN is a run's name, its checkpoints' folder or its MLflow run id; CHECKPOINT is one checkpoint's folder. What
+    does not decide the weights may change: distrain resume RUN workers.count=8 epochs=20
+    """
+    from distrain.progress import make_progress
+    from distrain.trainer import Trainer
+
+    _print_result(Trainer.resume(run, overrides, make_progress(), root).fit().to_json(), as_json)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@_JSON
+def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what a run would be, before anything starts: rows, shards, steps, memory, resources."""
+    loaded = _load(config, overrides)
+    from distrain.planning import preview
+    from distrain.progress import show_plan
+
+    found = preview(loaded)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show_plan(found)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@_OVERRIDES
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the configuration instead.")
+def config(config: Path | None, overrides: tuple[str, ...], schema: bool) -> None:
+    """Print the resolved configuration: every key, with defaults and overrides applied."""
+    if schema:
+        from distrain.config import TrainConfig
+
+        click.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
+    elif config is None:
+        raise click.UsageError("give a configuration, or --schema")
+    else:
+        click.echo(_load(config, overrides).to_yaml(), nl=False)
+
+
+@main.command()
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT")
+@click.argument("data", required=False)
+@click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+@_JSON
+def evaluate(checkpoint: str, data: str | None, root: str, as_json: bool) -> None:
+    """Measure a checkpoint's model on Parquet DATA (default: the run's validation rows).
+
+    distrain evaluate checkpoints/my-run/best held-out/
+    """
+    from distrain.inference import evaluate as measure
+
+    metrics = measure(checkpoint, data, root=root)
+    if as_json:
+        click.echo(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@main.command()
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT")
+@click.argument("data")
+@click.option("--output", "-o", required=True, help="A .parquet file, or a folder for one file for each of DATA.")
+@click.option("--keep", default="", help="Columns of DATA to copy beside the predictions: id,name")
+@click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+def predict(checkpoint: str, data: str, output: str, keep: str, root: str) -> None:
+    """Predict for each row of Parquet DATA with a checkpoint's model, in order.
+
+    distrain predict checkpoints/my-run/best new-rows/ --output predictions.parquet --keep id
+    """
+    from distrain.inference import predict as infer
+
+    for path in infer(checkpoint, data, output, [name for name in keep.split(",") if name], root=root):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=5000, show_default=True)
+def ui(config: Path | None, host: str, port: int) -> None:
+    """Open MLflow's page on the store that CONFIG logs to (default: mlflow.db here)."""
+    uri = "sqlite:///mlflow.db" if config is None else _load(config, ()).tracking.uri
+    from distrain.tracking import open_ui
+
+    open_ui(uri, host, port)
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> TrainConfig:
+    from distrain.config import load_config
+
+    return load_config(path, overrides, _check_torch_names)
+
+
+def _check_torch_names(config: TrainConfig) -> list[tuple[str, str]]:
+    """What only torch knows: optimizers, schedules and their keywords. Not asked for the plain ones, since it takes
+    torch seconds to load."""
+    plain = config.optimizer.name in ("SGD", "Adam", "AdamW") and not config.optimizer.options
+    if plain and config.schedule is None:
+        return []
+    from distrain.learning.optimizers import check_optimizer
+    from distrain.learning.schedules import check_schedule
+
+    return check_optimizer(config.optimizer) + check_schedule(config.schedule)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

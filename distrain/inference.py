@@ -1,0 +1,180 @@
+"""Evaluate and predict from a checkpoint: Parquet in, metrics or Parquet out. Memory does not grow with the data."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distrain.checkpoint import Checkpoint
+from distrain.config import TrainConfig
+from distrain.data.columns import Batch, Location
+from distrain.data.dataset import Dataset, open_dataset
+from distrain.data.predictions import OutputColumns, PredictionFile, all_or_nothing, kept_fields, target_files
+from distrain.errors import ConfigError, DataError, DistrainError, TrainingError
+from distrain.learning.losses import num_outputs
+from distrain.learning.model_state import restore_model
+from distrain.learning.models import forward
+from distrain.learning.task import Task, TaskSpec, build_task
+
+Paths = str | list[str]
+
+
+def evaluate(checkpoint: Checkpoint, data: Paths | None = None, batch_size: int | None = None) -> dict[str, float]:
+    """Return the checkpoint's loss and metrics over `data` (default: the run's validation data), and "samples".
+
+    `batch_size` rows at a time go through the model (default: as in training). Raises DataError for data that does not
+    fit, naming file, row group and column, and TrainingError when the user's code raises.
+    """
+    config = TrainConfig.from_mapping(checkpoint.manifest["config"])
+    rows = _batch_rows(config, batch_size)
+    dataset = _open(checkpoint, config, _validation_data(config) if data is None else data, with_labels=True)
+    known = config.model.model_copy(update={"outputs": checkpoint.manifest["num_outputs"]})
+    num_outputs(known, config.loss, dataset)  # refuses labels that do not fit, as far as footers tell
+    task = _restored_task(checkpoint, config)
+    loss, sums = torch.zeros(1, dtype=torch.float64), torch.zeros(task.metrics.num_sums, dtype=torch.float64)
+    with torch.inference_mode():
+        for number, group in enumerate(dataset.row_groups):
+            for tensors in dataset.read(number, 0, group.num_rows):
+                for batch in _cut(tensors, rows):
+                    with _blame(dataset.place(number), batch):
+                        outputs = forward(task.model, batch)
+                        loss += task.loss.per_sample(outputs, batch["label"]).sum(dtype=torch.float64)
+                        sums += torch.tensor(task.metrics.sums(outputs, batch["label"]), dtype=torch.float64)
+    metrics = task.metrics.combine(sums.tolist())
+    return {"loss": loss.item() / dataset.num_rows, **metrics, "samples": dataset.num_rows}
+
+
+def predict(
+    checkpoint: Checkpoint,
+    data: Paths,
+    output: str | Path,
+    columns: Sequence[str] | None = None,
+    probabilities: bool = False,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint's predictions for `data`, in the order of its rows. The label need not be in the data.
+
+    `output` is a file (its name ends in .parquet), or a folder that gets a file for each input file, of the same name.
+    `columns` are input columns to copy in front of the predictions; what those are says `OutputColumns`, which takes
+    `probabilities`. Returns {"rows": int, "files": [paths written]}.
+
+    Raises as `evaluate` does, and ConfigError for an output that cannot be. After an error nothing new is there.
+    """
+    config = TrainConfig.from_mapping(checkpoint.manifest["config"])
+    rows = _batch_rows(config, batch_size)
+    dataset = _open(checkpoint, config, data, with_labels=False)
+    targets = target_files(dataset, Path(output))
+    task = _restored_task(checkpoint, config)
+    with torch.inference_mode():
+        width = _first_outputs(task, dataset, rows).flatten(1).shape[1]
+        loss = config.loss.name if config.loss.factory is None else None
+        made = OutputColumns(loss, tuple(checkpoint.manifest["labels"]), width, probabilities)
+        kept = kept_fields(dataset, columns or (), [field.name for field in made.fields])
+        schema = pa.schema([*kept, *made.fields])
+        with all_or_nothing(list(targets)) as hidden:
+            for path, files in zip(hidden, targets.values(), strict=True):
+                with PredictionFile(path, schema) as file:
+                    for number in _row_groups_of(dataset, files):
+                        for batch in _predicted(task, dataset, number, rows, made, schema):
+                            file.write(batch)
+    return {"rows": dataset.num_rows, "files": [str(target) for target in targets]}
+
+
+def _predicted(
+    task: Task, dataset: Dataset, row_group: int, rows: int, made: OutputColumns, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a row group as they are written."""
+    kept = tuple(schema.names[: len(schema) - len(made.fields)])
+    for beside, tensors in dataset.read_beside(row_group, 0, dataset.row_groups[row_group].num_rows, kept):
+        outputs = torch.cat([_outputs(task, batch, dataset.place(row_group)) for batch in _cut(tensors, rows)])
+        yield pa.RecordBatch.from_arrays(
+            [*(beside.column(name) for name in kept), *made.arrays(outputs)], schema=schema
+        )
+
+
+def _outputs(task: Task, batch: Batch, where: Location) -> Tensor:
+    """The model's outputs for a batch, [rows, outputs], checked."""
+    rows = len(next(iter(batch.values())))
+    with _blame(where, batch):
+        outputs = forward(task.model, batch)
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != rows:
+        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TrainingError(f"{where}: the model gives {shape} for {rows} rows; one row of outputs for each is needed")
+    return outputs.unsqueeze(1) if outputs.ndim == 1 else outputs
+
+
+def _first_outputs(task: Task, dataset: Dataset, rows: int) -> Tensor:
+    number = next(number for number, group in enumerate(dataset.row_groups) if group.num_rows)
+    first = next(dataset.read(number, 0, min(rows, dataset.row_groups[number].num_rows)))
+    return _outputs(task, first, dataset.place(number))
+
+
+def _row_groups_of(dataset: Dataset, files: Sequence[int]) -> list[int]:
+    wanted = set(files)
+    return [number for number, group in enumerate(dataset.row_groups) if group.file in wanted]
+
+
+def _open(checkpoint: Checkpoint, config: TrainConfig, paths: Paths, with_labels: bool) -> Dataset:
+    """Open data with the columns that the model was trained on, whatever other columns there are."""
+    features = list(checkpoint.manifest["features"])
+    dataset = open_dataset(paths, config.data.model_copy(update={"features": features}), with_labels=with_labels)
+    expected, found = checkpoint.manifest["num_features"], dataset.columns.num_features
+    if expected != found:
+        raise DataError(f"{dataset.source}: {found} features a row, the model was trained on {expected}")
+    return dataset
+
+
+def _validation_data(config: TrainConfig) -> Paths:
+    if config.data.validation is None:
+        raise ConfigError("the run had no validation data: name the data to evaluate on")
+    if "***@" in str(config.data.validation):
+        raise ConfigError("the checkpoint does not hold the password of the run's validation data: name the data")
+    return config.data.validation
+
+
+def _batch_rows(config: TrainConfig, batch_size: int | None) -> int:
+    rows = config.validation.batch_size or config.batch_size if batch_size is None else batch_size
+    if rows < 1:
+        raise ConfigError(f"batch_size is {rows}: at least 1 row is needed")
+    return rows
+
+
+def _restored_task(checkpoint: Checkpoint, config: TrainConfig) -> Task:
+    """Model, loss and metrics with the checkpoint's weights, ready to evaluate."""
+    manifest = checkpoint.manifest
+    outputs, standardize = manifest["num_outputs"], config.data.standardize
+    task = build_task(TaskSpec(config.model, config.loss, manifest["num_features"], outputs, standardize, config.seed))
+    restore_model(task.model, checkpoint.model)
+    task.model.eval()
+    return task
+
+
+def _cut(tensors: Batch, rows: int) -> Iterator[Batch]:
+    """Cut a batch into batches of at most `rows` rows."""
+    total = len(next(iter(tensors.values())))
+    for start in range(0, total, rows):
+        yield {name: tensor[start : start + rows] for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _blame(where: Location, batch: Batch) -> Iterator[None]:
+    """Say where in the data it was that a label was refused, or the user's model or loss raised."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error.message}") from error
+    except DistrainError as error:
+        raise type(error)(f"{where}: {error.message}") from error
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in batch.items())
+        text = "".join(traceback.format_exception(error)).rstrip()
+        raise TrainingError(
+            f"{where}: the model or the loss raised {type(error).__name__}: {error} (batch: {shapes})\n{text}"
+        ) from error

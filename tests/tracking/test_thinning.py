@@ -1,0 +1,96 @@
+"""From step records to points."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrain.tracking.thinning import Thinner, validation_points
+from tests.support.records import START_MS, step, validation
+
+LEARNING = {"train/loss", "train/grad_norm", "train/lr"}
+SPEED = {
+    "throughput/samples_per_sec", "throughput/bytes_per_sec", "time/data_sec", "time/compute_sec", "time/exchange_sec",
+    "time/update_sec", "time/step_sec", "ps/staleness", "ps/clipped", "workers/alive",
+}  # fmt: skip
+
+
+def thin(records, every_steps=None):
+    thinner = Thinner(every_steps)
+    for record in records:
+        thinner.add(record)
+    return thinner.drain(finish=True)
+
+
+def curve(points, key):
+    return [(point.step, point.value) for point in points if point.key == key]
+
+
+def test_every_step_of_the_first_thousand_then_means_over_half_a_second():
+    steps = [number for number, _ in curve(thin(step(n) for n in range(1, 1501)), "train/loss")]
+    assert steps[:1000] == list(range(1, 1001))
+    assert steps[1000:] == [*range(1050, 1501, 50)]
+
+
+def test_speeds_are_means_over_half_a_second_from_the_start():
+    points = thin(step(n) for n in range(1, 201))
+    assert curve(points, "throughput/samples_per_sec") == [(n, 6400.0) for n in (50, 100, 150, 200)]
+
+
+@given(st.integers(1, 40), st.lists(st.tuples(st.integers(1, 64), st.floats(-5, 5)), min_size=1, max_size=100))
+def test_means_lose_no_sample(every_steps, rows_and_losses):
+    records = [step(i + 1, samples=rows, loss=loss) for i, (rows, loss) in enumerate(rows_and_losses)]
+    points = curve(thin(records, every_steps), "train/loss")
+    assert [number for number, _ in points] == [
+        min(n + every_steps, len(records)) for n in range(0, len(records), every_steps)
+    ]
+    weights = [sum(r.samples for r in records[n : n + every_steps]) for n in range(0, len(records), every_steps)]
+    total = math.fsum(weight * value for weight, (_, value) in zip(weights, points, strict=True))
+    assert total == pytest.approx(math.fsum(r.loss * r.samples for r in records), abs=1e-6)
+
+
+def test_a_point_carries_the_time_of_its_last_step_and_the_names_are_the_agreed_ones():
+    points = thin([step(1, clipped=True), step(2), step(3, lr=0.5)], every_steps=3)
+    assert {point.key for point in points} == LEARNING | SPEED
+    assert {(point.step, point.time_ms) for point in points} == {(3, START_MS + 30)}
+    values = {point.key: point.value for point in points}
+    assert (values["train/lr"], values["ps/clipped"]) == (0.5, pytest.approx(1 / 3, abs=1e-6))
+    assert (values["ps/staleness"], values["time/compute_sec"], values["workers/alive"]) == (0, 0.006, 2)
+
+
+def test_the_loss_comes_last_of_its_step_so_that_where_it_was_stored_all_was():
+    points = thin(step(n) for n in range(1, 130))
+    for before, after in zip(points, points[1:], strict=False):
+        assert before.step < after.step or before.key != "train/loss"
+    assert validation_points(validation(5, accuracy=0.9, loss=0.1, zeal=1.0))[-1].key == "val/loss"
+
+
+def test_a_value_that_is_not_finite_becomes_nan():
+    points = thin([step(1, loss=math.inf, grad_norm=-math.inf)])
+    assert math.isnan(dict(curve(points, "train/loss"))[1])
+    assert math.isnan(dict(curve(points, "train/grad_norm"))[1])
+    assert math.isnan(validation_points(validation(1, loss=math.inf))[0].value)
+
+
+def test_what_nobody_takes_is_merged_and_not_lost():
+    points = curve(
+        thin((step(n, loss=1.0 if n <= 45_000 else 3.0) for n in range(1, 90_001)), every_steps=1), "train/loss"
+    )
+    assert len(points) <= 20_000
+    assert points[-1][0] == 90_000
+    steps = [0, *(number for number, _ in points)]
+    lengths = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    total = math.fsum(length * value for length, (_, value) in zip(lengths, points, strict=True))
+    assert total == pytest.approx(45_000 * 1.0 + 45_000 * 3.0)
+
+
+def test_what_was_drained_does_not_come_again():
+    thinner = Thinner(every_steps=2)
+    for n in (1, 2, 3):
+        thinner.add(step(n))
+    assert {point.step for point in thinner.drain()} == {2}
+    assert thinner.drain() == []
+    assert {point.step for point in thinner.drain(finish=True)} == {3}
