@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ FREE_KEYS = (
 )  # fmt: skip
 
 _STEP = re.compile(r"step-(\d{8,})")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,10 @@ def find(reference: str | Path, root: str | Path = "checkpoints") -> Found:
 
 
 def newest_valid(run: Path) -> Found:
-    """Return the newest checkpoint of a run's folder that verifies. Raises CheckpointError where none does."""
+    """Return the newest checkpoint of a run's folder that verifies; a warning is logged for each passed over.
+
+    Raises CheckpointError where none verifies.
+    """
     skipped: list[str] = []
     for path in _checkpoints(run):
         try:
@@ -182,6 +187,8 @@ def newest_valid(run: Path) -> Found:
         except CheckpointError as error:
             skipped.append(error.message)
         else:
+            for reason in skipped:
+                _log.warning("%s; going back to %s", reason, path.name)
             return Found(path, tuple(skipped))
     if not skipped:
         raise CheckpointError(f"{run}: no checkpoint in this folder")

@@ -33,8 +33,7 @@ class Document:
         for length in range(len(key), -1, -1):
             if key[:length] in self._lines:
                 return f"{self._name}:{self._lines[key[:length]]}: {dotted(key)}".removesuffix(": ")
-        prefix = f"{self._name}: " if self._name else ""
-        return f"{prefix}{dotted(key)}"
+        return ": ".join(part for part in (self._name, dotted(key)) if part)
 
     def override(self, text: str) -> list[str]:
         """Apply one `dotted.key=value`. Returns the problems."""

@@ -6,13 +6,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distrain.checkpoint import Checkpoint
+from distrain.checkpoint import Checkpoint, find, load
 from distrain.config import TrainConfig
 from distrain.data.columns import Batch, Location
 from distrain.data.dataset import Dataset, open_dataset
@@ -26,12 +25,19 @@ from distrain.learning.task import Task, TaskSpec, build_task
 Paths = str | list[str]
 
 
-def evaluate(checkpoint: Checkpoint, data: Paths | None = None, batch_size: int | None = None) -> dict[str, float]:
-    """Return the checkpoint's loss and metrics over `data` (default: the run's validation data), and "samples".
+def evaluate(
+    checkpoint: Checkpoint | str | Path,
+    data: Paths | None = None,
+    batch_size: int | None = None,
+    root: str | Path = "checkpoints",
+) -> dict[str, float]:
+    """Return a checkpoint's loss and metrics over `data` (default: the run's validation data), and "samples".
 
-    `batch_size` rows at a time go through the model (default: as in training). Raises DataError for data that does not
-    fit, naming file, row group and column, and TrainingError when the user's code raises.
+    `checkpoint` is one in memory, or anything that `find` finds under `root`. `batch_size` rows at a time go through
+    the model (default: as in training). Raises CheckpointError, DataError for data that does not fit, naming file, row
+    group and column, and TrainingError when the user's code raises.
     """
+    checkpoint = _loaded(checkpoint, root)
     config = TrainConfig.from_mapping(checkpoint.manifest["config"])
     rows = _batch_rows(config, batch_size)
     dataset = _open(checkpoint, config, _validation_data(config) if data is None else data, with_labels=True)
@@ -52,25 +58,28 @@ def evaluate(checkpoint: Checkpoint, data: Paths | None = None, batch_size: int 
 
 
 def predict(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | str | Path,
     data: Paths,
     output: str | Path,
     columns: Sequence[str] | None = None,
     probabilities: bool = False,
     batch_size: int | None = None,
-) -> dict[str, Any]:
-    """Write the checkpoint's predictions for `data`, in the order of its rows. The label need not be in the data.
+    root: str | Path = "checkpoints",
+) -> list[Path]:
+    """Write a checkpoint's predictions for `data`, in the order of its rows. The label need not be in the data.
 
     `output` is a file (its name ends in .parquet), or a folder that gets a file for each input file, of the same name.
     `columns` are input columns to copy in front of the predictions; what those are says `OutputColumns`, which takes
-    `probabilities`. Returns {"rows": int, "files": [paths written]}.
+    `probabilities`. Returns the files written.
 
-    Raises as `evaluate` does, and ConfigError for an output that cannot be. After an error nothing new is there.
+    Takes and raises what `evaluate` does, and ConfigError for an output that cannot be. After an error nothing new is
+    there.
     """
+    checkpoint = _loaded(checkpoint, root)
     config = TrainConfig.from_mapping(checkpoint.manifest["config"])
     rows = _batch_rows(config, batch_size)
     dataset = _open(checkpoint, config, data, with_labels=False)
-    targets = target_files(dataset, Path(output))
+    targets = target_files(dataset, output)
     task = _restored_task(checkpoint, config)
     with torch.inference_mode():
         width = _first_outputs(task, dataset, rows).flatten(1).shape[1]
@@ -84,7 +93,11 @@ def predict(
                     for number in _row_groups_of(dataset, files):
                         for batch in _predicted(task, dataset, number, rows, made, schema):
                             file.write(batch)
-    return {"rows": dataset.num_rows, "files": [str(target) for target in targets]}
+    return list(targets)
+
+
+def _loaded(checkpoint: Checkpoint | str | Path, root: str | Path) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else load(find(checkpoint, root).path)
 
 
 def _predicted(

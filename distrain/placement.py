@@ -80,6 +80,7 @@ class Cluster:
                 logging_level=logging.ERROR,
                 configure_logging=False,
                 _temp_dir=self._temporary,
+                _system_config={"worker_niceness": 0},  # Ray's 15 lets anything else on the machine go first
             )
         except Exception as error:
             self.close()

@@ -20,7 +20,7 @@ class FilePreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """Data, steps, model, memory and resources of a run. Memory: bytes by what they are for; the sum is the estimate."""
+    """Data, steps, model, memory and resources of a run. Memory: bytes by use; the sum is the estimate."""
 
     files: tuple[FilePreview, ...]
     num_rows: int

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from distrain.data.dataset import Dataset
 from distrain.data.plan import Plan
 from distrain.data.reader import Reader
-from distrain.errors import DataError, DistrainError, LinkError, TrainingError
+from distrain.errors import DataError, DistrainError, LinkError, TrainingDataError, TrainingError
 from distrain.exchange.link import Address, Frame, Kind, Link, SocketLink, connect
 from distrain.exchange.memory import Layout, Published, PushSlots, views
-from distrain.learning.losses import Loss
+from distrain.learning.losses import LabelError, Loss
 from distrain.learning.metrics import Metrics
 from distrain.learning.models import forward
 from distrain.reduction import Block, Partial, TreeSum
@@ -53,6 +53,14 @@ class Readers:
             reader = self._readers[shard] = Reader(self._dataset, self.plan, shard)
         self._last_used[shard] = round_
         return reader.microbatch(epoch, step_in_epoch)
+
+    def located(self, error: LabelError, label: Tensor, epoch: int, step_in_epoch: int, shard: int) -> DataError:
+        """The same error, with the file, row group, column and row that the label came from."""
+        index = int((label == error.value).reshape(len(label), -1).any(1).int().argmax())
+        row_group, row = self.plan.row(epoch, step_in_epoch, shard, index)
+        columns = ", ".join(repr(name) for name in self._dataset.columns.labels)
+        where = f"{self._dataset.place(row_group)}, column {columns}, row {row}"
+        return TrainingDataError(f"{where}: {error.message}")
 
     def keep_recent(self, round_: int) -> None:
         """Close the readers of shards that went to somebody else: their windows cost memory."""
@@ -185,7 +193,10 @@ class Worker:
             batch = self._read(readers, epoch, step_in_epoch, shard, frame)
             data_s += time.perf_counter() - asked
             num_bytes += sum(tensor.nbytes for tensor in batch.values())
-            part = work(batch, frame.step, shard)
+            try:
+                part = work(batch, frame.step, shard)
+            except LabelError as error:
+                raise readers.located(error, batch["label"], epoch, step_in_epoch, shard) from error
             self._free += [freed.slot for freed in tree.put(Block(shard, shard + 1), part)]
         answer = Frame(
             Kind.PUSH,
@@ -286,8 +297,6 @@ class _Blame:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, DataError):
-            raise error.during_training() from error
         if isinstance(error, Exception) and not isinstance(error, DistrainError):
             shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self._batch.items())
             text = "".join(traceback.format_exception(error)).rstrip()

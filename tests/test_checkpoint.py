@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from distrain.durable import remove_leftovers
 from distrain.errors import CheckpointError
 from distrain.learning.model_state import tensors_to_bytes
 from distrain.manifest import FORMAT, read_manifest, seal
+from tests.support.disk import largest_file
 
 CONFIG: dict[str, Any] = {
     "data": {"train": "s3://key:secret@bucket/train", "validation": None, "label": "y", "shuffle_rows": 65536},
@@ -157,7 +155,9 @@ def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flipped", "short", "long", "missing", "empty", "folder"])
-def test_damage_is_named_and_passed_over(store: CheckpointStore, name: str, damage: str) -> None:
+def test_damage_is_named_and_passed_over(
+    store: CheckpointStore, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     older = store.write(snapshot(1), FIELDS)
     newer = store.write(snapshot(2), FIELDS)
     file = newer / name
@@ -178,6 +178,8 @@ def test_damage_is_named_and_passed_over(store: CheckpointStore, name: str, dama
             check(newer)
     found = find(store.directory)
     assert found.path == older
+    assert name in caplog.text
+    assert "going back to step-00000001" in caplog.text
     assert len(found.skipped) == 1
     assert name in found.skipped[0]
     flip(older / "model.safetensors")
@@ -246,17 +248,6 @@ def test_what_is_not_found_gets_a_hint(store: CheckpointStore, tmp_path: Path) -
 
 def test_latest_of_an_empty_run_is_none(store: CheckpointStore) -> None:
     assert store.latest() is None
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Let writing fail half-way through a file, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_nothing_behind(store: CheckpointStore) -> None:

@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from distrain.checkpoint import Checkpoint, CheckpointStore, Snapshot, load
 from distrain.config import TrainConfig
-from distrain.errors import ConfigError, DataError, TrainingError
+from distrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from distrain.inference import evaluate, predict
 from distrain.learning.model_state import model_bytes, tensors_to_bytes
 from distrain.learning.models import build_model
+from tests.support.disk import largest_file
 
 NAMES = [f"p{number}" for number in range(64)]
 
@@ -87,8 +88,8 @@ class Digits:
         deviation, mean = torch.std_mean(train, 0)
         torch.manual_seed(0)
         self.model = build_model(self.config.model, 64, 10, (mean, torch.where(deviation > 0, deviation, 1.0)))
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
-        for _ in range(80):
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=0.03)
+        for _ in range(40):
             optimizer.zero_grad()
             functional.cross_entropy(self.model(train), target).backward()
             optimizer.step()
@@ -115,10 +116,17 @@ def test_evaluate_is_the_model_over_all_rows(digits: Digits, batch_size: int | N
     assert metrics["loss"] == pytest.approx(functional.cross_entropy(digits.outputs, digits.expected).item(), rel=1e-5)
 
 
+def test_a_checkpoint_may_be_named(digits: Digits, tmp_path: Path) -> None:
+    run = digits.checkpoint.path.parent
+    assert evaluate(run.name, root=run.parent) == evaluate(digits.checkpoint)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        predict("nothing", str(digits.unlabelled), tmp_path / "out", root=run.parent)
+
+
 def test_predictions_in_one_file_keep_the_rows_order(digits: Digits, tmp_path: Path) -> None:
     output = tmp_path / "new" / "out.parquet"
     answer = predict(digits.checkpoint, str(digits.unlabelled), output, ["text", "id", "p3"], probabilities=True)
-    assert answer == {"rows": 397, "files": [str(output)]}
+    assert answer == [output]
     table = pq.read_table(output)
     assert [(field.name, str(field.type)) for field in table.schema] == [
         ("text", "string"),
@@ -140,7 +148,7 @@ def test_predictions_in_one_file_keep_the_rows_order(digits: Digits, tmp_path: P
 def test_a_folder_gets_a_file_for_each(digits: Digits, tmp_path: Path) -> None:
     output = tmp_path / "out"
     answer = predict(digits.checkpoint, str(digits.unlabelled), output, ["id"], batch_size=11)
-    assert answer["files"] == [str(output / f"{name}.parquet") for name in "abc"]
+    assert answer == [output / f"{name}.parquet" for name in "abc"]
     tables = [pq.read_table(output / f"{name}.parquet") for name in "abc"]
     assert [table.num_rows for table in tables] == [250, 0, 147]
     assert len({str(table.schema) for table in tables}) == 1
@@ -152,7 +160,7 @@ def test_a_folder_gets_a_file_for_each(digits: Digits, tmp_path: Path) -> None:
 def test_files_of_one_name_stay_apart(digits: Digits, tmp_path: Path) -> None:
     sources = [str(digits.held_out / "a.parquet"), str(digits.unlabelled / "a.parquet")]
     answer = predict(digits.checkpoint, sources, tmp_path / "out")
-    assert [Path(file).name for file in answer["files"]] == ["00000-a.parquet", "00001-a.parquet"]
+    assert [file.name for file in answer] == ["00000-a.parquet", "00001-a.parquet"]
 
 
 def test_an_output_that_cannot_be_is_refused(digits: Digits, tmp_path: Path) -> None:
@@ -189,8 +197,16 @@ def test_bad_rows_leave_nothing_half_written(digits: Digits, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"2\.parquet: row group 2, column 'p7', row 60: null"):
         predict(digits.checkpoint, str(tmp_path / "in"), tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
-    with pytest.raises(DataError, match="no column 'p5'"):
+    with pytest.raises(DataError, match="no column 'p0'"):
         predict(digits.checkpoint, str(write(tmp_path / "x.parquet", {"p4": [1.0]})), tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing_behind(digits: Digits, tmp_path: Path) -> None:
+    predict(digits.checkpoint, str(digits.unlabelled), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with largest_file(4000), pytest.raises(DataError, match=r"out: predictions cannot be written: .*File too large"):
+        predict(digits.checkpoint, str(digits.unlabelled), tmp_path / "out", ["text"], probabilities=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_data_that_does_not_fit_is_refused(digits: Digits, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from distrain.errors import DataError, TrainingError
 from distrain.imports import load_object
 
 Batch = dict[str, Tensor]
+
+# Tensors over Arrow's memory are only ever copied from.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,18 @@ class Plan:
         """The windows asked for last, since every step asks again."""
         return {}
 
+    def row(self, epoch: int, step_in_epoch: int, shard: int, index: int) -> tuple[int, int]:
+        """(row group, row in it) of a microbatch's row number `index`: to say where a bad value came from."""
+        for window, start, stop in self.slices(epoch, step_in_epoch, shard):
+            if index < stop - start:
+                position = int(self.order(epoch, shard, window)[start + index])
+                for piece in window.pieces:
+                    if position < piece.stop - piece.start:
+                        return piece.row_group, piece.start + position
+                    position -= piece.stop - piece.start
+            index -= stop - start
+        raise IndexError(f"the microbatch has no row {index}")
+
     def _span(self, shard: int) -> tuple[int, int]:
         return shard * self.num_rows // self.num_shards, (shard + 1) * self.num_rows // self.num_shards
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -89,7 +89,8 @@ class PredictionFile:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema
         self._waiting: list[pa.RecordBatch] = []
-        self._writer = pq.ParquetWriter(path, schema, write_page_checksum=True)
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pq.ParquetWriter(self._sink, schema, write_page_checksum=True)
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows at the end."""
@@ -107,8 +108,11 @@ class PredictionFile:
         try:
             if error is None:
                 self._flush()
+                self._writer.close()
         finally:
-            self._writer.close()
+            with suppress(OSError, ValueError):  # after an error nobody wants the file
+                self._writer.close()
+            self._sink.close()
 
     def _flush(self) -> None:
         if self._waiting:
@@ -116,14 +120,15 @@ class PredictionFile:
             self._waiting = []
 
 
-def target_files(dataset: Dataset, output: Path) -> dict[Path, list[int]]:
+def target_files(dataset: Dataset, target: str | Path) -> dict[Path, list[int]]:
     """Which files to write, and which of the data set's files (by number) go into each.
 
-    One file where `output` ends in .parquet, else a file for each input file in the folder `output`. Raises ConfigError
+    One file where `target` ends in .parquet, else a file for each input file in the folder `target`. Raises ConfigError
     where that would overwrite the input, or mix with other Parquet files in the folder.
     """
-    if "://" in str(output):
-        raise ConfigError(f"{output}: predictions are written to a path on this machine, not to a URI")
+    if "://" in str(target):
+        raise ConfigError(f"{target}: predictions are written to a path on this machine, not to a URI")
+    output = Path(target)
     if output.suffix == ".parquet":
         if output.is_dir():
             raise ConfigError(f"{output}: is a folder; name a file, or a folder without .parquet at its end")

@@ -36,7 +36,7 @@ class Progress(Protocol):
     """Shows a run to a person. Everything goes to standard error. `note` may be called from any thread."""
 
     def phase(self, text: str) -> None:
-        """Say what is being waited for before the first step: "starting workers"."""
+        """Say what is being waited for, before the first step or after the last: "starting workers"."""
 
     def started(self, info: RunInfo) -> None:
         """Training starts."""

@@ -94,10 +94,10 @@ def number(value: float) -> str:
 def size(num_bytes: float) -> str:
     """Bytes as 512 B, 1.5 MB, 3.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:,.4g} TB"
+    return f"{num_bytes:,.1f} TB"
 
 
 def plural(count: int, noun: str) -> str:

@@ -23,6 +23,8 @@ def show_summary(result: Mapping[str, Any] | HasJson, standing: Standing | None,
     table.add_column(overflow="fold")
     for name, text in _rows(values):
         table.add_row(name, Text(text))
+    if standing is not None and _is_server(standing.info.tracking_uri):
+        table.add_row("MLflow page", Text(str(standing.info.tracking_uri)))
     console.print()
     console.print(table)
     console.print()
@@ -60,15 +62,20 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _commands(values: Mapping[str, Any], standing: Standing | None) -> list[tuple[str, str]]:
+    info = standing.info if standing is not None else None
+    run = values.get("run_name") or (info.run_name if info is not None else None)
     commands: list[tuple[str, str]] = []
-    run = (standing.info.run_name if standing is not None else None) or values.get("run_name") or values.get("run_id")
-    uri = standing.info.tracking_uri if standing is not None else None
-    if values.get("run_id"):
-        commands.append(
-            ("distrain ui" if uri in (None, _DEFAULT_URI) else f"distrain ui {uri}", "the curves, in MLflow")
-        )
+    if values.get("run_id") and (info is None or not _is_server(info.tracking_uri)):
+        is_default = info is None or info.tracking_uri in (None, _DEFAULT_URI)
+        commands.append(("distrain ui" if is_default else "distrain ui CONFIG", "the curves, in MLflow"))
     if values.get("checkpoint"):
-        if run:
+        if run and info is not None and values.get("status") == "finished":
+            commands.append((f"distrain resume {run} epochs={2 * info.epochs}", "train on"))
+        elif run:
             commands.append((f"distrain resume {run}", "go on from the last checkpoint"))
         commands.append((f"distrain evaluate {values['checkpoint']} DATA", "measure it on other data"))
     return commands
+
+
+def _is_server(uri: str | None) -> bool:
+    return uri is not None and uri.startswith("http")

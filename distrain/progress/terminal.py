@@ -60,7 +60,7 @@ class TerminalProgress:
         """See Progress."""
         self.note(headline(info))
         with self._lock:
-            self._standing, self._started_at = Standing(info), time.monotonic()
+            self._standing, self._started_at, self._phase = Standing(info), time.monotonic(), None
         self._show()
 
     def report(self, report: Report) -> None:
@@ -104,7 +104,9 @@ class TerminalProgress:
         with self._lock:
             if self._standing is None:
                 return self._phase or Text()
-            return render(self._standing, time.monotonic() - self._started_at, self._console.options.ascii_only)
+            elapsed_s = time.monotonic() - self._started_at
+            lines = render(self._standing, elapsed_s, self._console.options.ascii_only)
+            return lines if self._phase is None else Group(lines, self._phase)
 
 
 def render(standing: Standing, elapsed_s: float, ascii_only: bool = False) -> RenderableType:

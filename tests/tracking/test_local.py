@@ -84,7 +84,7 @@ def test_a_server_that_hangs_fails_within_the_timeout(monkeypatch):
 def test_a_database_server_is_reached_by_its_port_and_its_password_is_not_told():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         check_reachable(f"postgresql+psycopg://me:secret@127.0.0.1:{listener.getsockname()[1]}/runs")
-    with pytest.raises(TrackingError, match="no database answers at 127.0.0.1") as caught:
+    with pytest.raises(TrackingError, match="no database answers at") as caught:
         check_reachable(f"postgresql://me:secret@127.0.0.1:{free_port()}/runs")
     assert "secret" not in caught.value.message
 
@@ -102,7 +102,7 @@ def test_a_sqlite_file_needs_a_folder_that_can_be_written(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns"])
 def test_a_folder_is_no_store_any_more(uri):
-    with pytest.raises(TrackingError, match="sqlite:///mlflow.db"):
+    with pytest.raises(TrackingError, match="use sqlite"):
         check_reachable(uri)
 
 

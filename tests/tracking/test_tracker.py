@@ -183,9 +183,9 @@ def test_a_server_that_goes_away_and_comes_back(server, client, tmp_path, monkey
         tracker.step(step(number))
     tracker.artifact_text("while.txt", "away")
     spool = tmp_path / f"mlflow-{tracker.run_id}.jsonl"
-    _wait_until(spool.exists)
+    _wait_until(lambda: notes and spool.exists())
     forwarder.mend()
-    _wait_until(lambda: notes[-1].startswith("MLflow's store is back"))
+    _wait_until(lambda: notes and notes[-1].startswith("MLflow's store is back"))
     assert not spool.exists()
     forwarder.cut()
     for number in range(51, 71):

@@ -1,0 +1,119 @@
+"""What a run would be, before anything starts: `distrain plan`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from distrain.config import TrainConfig
+from distrain.errors import DistrainError
+from distrain.exchange.memory import Layout
+from distrain.learning.optimizers import build_optimizer
+from distrain.learning.schedules import build_schedule
+from distrain.learning.task import build_task
+from distrain.placement import Cluster, check_local_room
+from distrain.preparation import Preparation, prepare
+from distrain.preview import FilePreview, Preview
+from distrain.worker import Source
+
+_PROCESS_BYTES = 350 << 20  # a Ray actor with torch and pyarrow loaded, measured
+
+
+def preview(config: TrainConfig) -> Preview:
+    """Find out what a run would be: footers are read and the model is built, nothing is started or trained.
+
+    Attaches to the cluster where one is named, to see what is there. Raises what `Trainer.fit` would before its start.
+    """
+    preparation = prepare(config)
+    torch.manual_seed(config.seed)
+    model = build_task(preparation.task).model
+    build_schedule(build_optimizer(model, config.optimizer), config.schedule)
+    layout = Layout.of(model)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    plan = preparation.train.plan
+    steps = config.epochs * plan.steps_per_epoch
+    where, asked, there, warnings = _resources(config)
+    return Preview(
+        files=_files(preparation),
+        num_rows=plan.num_rows,
+        num_validation_rows=preparation.validation.plan.num_rows if preparation.validation is not None else 0,
+        num_features=preparation.task.num_features,
+        num_outputs=preparation.task.num_outputs,
+        batch_size=config.batch_size,
+        num_shards=plan.num_shards,
+        smallest_microbatch=plan.smallest_microbatch,
+        steps_per_epoch=plan.steps_per_epoch,
+        epochs=config.epochs,
+        total_steps=min(steps, config.max_steps) if config.max_steps is not None else steps,
+        num_parameters=num_parameters,
+        num_workers=config.workers.count,
+        worker_bytes=_worker_bytes(config, preparation, layout),
+        server_bytes={
+            "process": _PROCESS_BYTES,
+            "parameters": layout.published_bytes,
+            "gradients": layout.vector_bytes,
+            "optimizer": 2 * layout.vector_bytes,
+            "checkpoint": 3 * layout.vector_bytes,
+        },
+        cluster=where,
+        asked=asked,
+        there=there,
+        warnings=warnings,
+    )
+
+
+def _files(preparation: Preparation) -> tuple[FilePreview, ...]:
+    previews = []
+    for context, source in (("training", preparation.train), ("validation", preparation.validation)):
+        if source is None:
+            continue
+        groups = [group.file for group in source.dataset.row_groups]
+        previews += [
+            FilePreview(file.path, file.num_rows, groups.count(number), file.size_bytes, context)
+            for number, file in enumerate(source.dataset.files)
+        ]
+    return tuple(previews)
+
+
+def _worker_bytes(config: TrainConfig, preparation: Preparation, layout: Layout) -> dict[str, int]:
+    """The memory of one worker. Windows are exact for features and labels, and estimated for a transform."""
+    shards = -(-preparation.train.plan.num_shards // config.workers.count)
+    windows = 2 * shards * _largest_window(preparation.train)
+    if preparation.validation is not None:
+        windows += 2 * shards * _largest_window(preparation.validation)
+    blocks = 1 + shards.bit_length()
+    return {"process": _PROCESS_BYTES, "windows": windows, "gradients": (1 + blocks) * layout.vector_bytes}
+
+
+def _largest_window(source: Source) -> int:
+    """Bytes of the largest window of the first epoch."""
+    plan, columns = source.plan, source.dataset.columns
+    rows = max((w.num_rows for k in range(plan.num_shards) for w in plan.windows(0, k)), default=0)
+    if columns.num_features is None:
+        groups = source.dataset.row_groups
+        return rows * sum(group.num_bytes for group in groups) // max(1, source.dataset.num_rows)
+    return rows * (4 * columns.num_features + 8 * len(columns.labels))
+
+
+def _resources(config: TrainConfig) -> tuple[str, dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Where it would run, what is asked for, what is there, and what to mind."""
+    count, cpus = config.workers.count, config.workers.cpus
+    asked = {"CPU": count * cpus}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        try:
+            room = check_local_room(count, cpus)
+        except DistrainError as error:
+            return "a local Ray of its own", asked, {"CPU": float(os.cpu_count() or 1)}, (error.message,)
+        shared = (f"{count} workers would share {room.there_cpus:g} cores",) if room.shared_cores else ()
+        return "a local Ray of its own", asked, {"CPU": room.there_cpus}, shared
+    try:
+        cluster = Cluster(address, count, cpus)
+    except DistrainError as error:
+        return address, asked, {}, (error.message,)
+    try:
+        return address, asked, {"CPU": cluster.resources.there_cpus}, ()
+    finally:
+        cluster.close()
+
