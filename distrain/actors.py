@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from distrain.server.loop import Loop, LoopSettings, Outcome
 from distrain.server.parameter_server import ParameterServer
 from distrain.server.reports import Reports
 from distrain.worker import Source, Worker
+
+_SMALL_MODEL = 200_000  # parameters
+_MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class UpdateSpec:
     schedule: ScheduleConfig | None
     clip: ClipConfig | None
     loop: LoopSettings
-    num_threads: int
+    num_threads: int | None  # None: by the model's size
     spans_nodes: bool
 
 
@@ -79,7 +83,7 @@ class ServerActor:
 
     def prepare(self, run: RunSpec, update: UpdateSpec, restored: Restored | None) -> Ready:
         """Build the model and listen for workers."""
-        run.prepare_process(update.num_threads)
+        run.prepare_process(1)
         task = run.task
         statistics = feature_statistics(run.train.dataset) if task.standardize and restored is None else None
         built = build_task(task, statistics)
@@ -92,18 +96,9 @@ class ServerActor:
         server = ParameterServer(built.model, update.optimizer, update.schedule, update.clip)
         host = ray.util.get_node_ip_address() if update.spans_nodes else None
         hub = Hub(run.token, host)
-        self._update, self._loop = (
-            update,
-            Loop(
-                server,
-                hub,
-                run.train.plan,
-                update.loop,
-                self._reports,
-                built.metrics,
-                run.validation.plan if run.validation is not None else None,
-            ),
-        )
+        validation_plan = run.validation.plan if run.validation is not None else None
+        self._loop = Loop(server, hub, run.train.plan, update.loop, self._reports, built.metrics, validation_plan)
+        self._num_threads = update.num_threads or update_threads(server.layout.num_floats)
         if restored is not None:
             restore_model(built.model, restored.model)
             server.published.store_buffers(built.model)
@@ -113,7 +108,7 @@ class ServerActor:
     def run(self) -> Outcome:
         """Train to the end."""
         assert self._loop is not None
-        torch.set_num_threads(self._update.num_threads)  # each of Ray's threads has a count of its own
+        torch.set_num_threads(self._num_threads)  # each of Ray's threads has a count of its own
         if self._stop_reason is not None:
             self._loop.stop(self._stop_reason)
         return self._loop.run()
@@ -145,6 +140,12 @@ class WorkerActor:
         same_node = ray.get_runtime_context().get_node_id() == server_node
         worker.join(ready.address, same_node, run.token)
         worker.run()
+
+
+def update_threads(num_floats: int) -> int:
+    """How many threads an update of so many parameters takes. Waking threads costs more than they save on a small
+    model; more than 4 wait for memory. The result does not depend on it."""
+    return 1 if num_floats < _SMALL_MODEL else min(_MOST_THREADS, os.cpu_count() or 1)
 
 
 def worker_failure(error: Exception) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -46,7 +46,13 @@ Reference = Annotated[str, AfterValidator(_reference)]
 Paths = str | Annotated[list[str], Field(min_length=1)]
 
 
-class _PlainErrors(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _PlainErrors(ModelMetaclass):
     """What Python users build raises ConfigError. (An __init__ would be called for nested sections too, and stop at
     the first problem.)"""
 
@@ -79,7 +85,9 @@ def _numbers(value: Any) -> Any:
 class DataConfig(_Section):
     """Where the rows are, and which columns matter."""
 
-    train: Paths = Field(description="Training rows: a Parquet file, folder, glob, or list of them; local, s3://, gs://")
+    train: Paths = Field(
+        description="Training rows: a Parquet file, folder, glob, or list of them; local, s3://, gs://"
+    )
     validation: Paths | None = Field(None, description="Validation rows, likewise; null: no validation")
     features: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
@@ -87,9 +95,9 @@ class DataConfig(_Section):
         "null: every numeric column but the label; with a transform, every column",
     )
     label: str | Annotated[list[str], Field(min_length=1)] = Field(description="The label column, or several")
-    shuffle_rows: Count = Field(65536, description="Rows shuffled together: a window of a shard. Costs memory: two "
-                                "windows of each shard that a worker reads are held")  # fmt: skip
-    standardize: bool = Field(False, description="Subtract each feature's mean over the training rows and divide by its "
+    shuffle_rows: Count = Field(65536, description="Rows shuffled together: a window. A worker "
+                                "holds two windows of each of its shards in memory")  # fmt: skip
+    standardize: bool = Field(False, description="Subtract each feature's mean over the training rows, divide by its "
                               "deviation, inside the model")  # fmt: skip
     transform: Reference | None = Field(
         None, description='"module:function" that turns a pyarrow RecordBatch into a dict of tensors with "label"'
@@ -188,7 +196,7 @@ class ServerConfig(_Section):
     mode: Literal["sync"] = Field("sync", description="Only sync is supported so far: each step waits for all shards")
     staleness: Literal[0] = Field(0, description="Updates that a gradient's parameters may lag; only 0 so far")
     slices: Literal[1] = Field(1, description="Parameter servers that share the model; only 1 so far")
-    threads: Count | None = Field(None, description="Threads of an update; null: the machine's cores, at most 4")
+    threads: Count | None = Field(None, description="Threads of an update; null: by model size, at most 4")
 
 
 class CheckpointConfig(_Section):
@@ -259,7 +267,7 @@ class TrainConfig(_Section):
     batch_size: Count = Field(256, description="Rows of a step, over all workers: the global minibatch")
     epochs: Count = Field(3, description="Passes over the training rows")
     max_steps: Count | None = Field(None, description="End after so many steps, if that is sooner")
-    shards: Count | None = Field(None, description="Equal spans of each epoch's rows; decides the weights' bits, unlike "
+    shards: Count | None = Field(None, description="Equal spans of an epoch's rows; decides the weights' bits, unlike "
                                  "the worker count. null: workers.count")  # fmt: skip
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Of initial weights, shuffling and dropout")
     workers: WorkersConfig = Field(WorkersConfig(), description="Who computes gradients")

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-import socket
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -109,7 +109,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _hidden(folder: Path, kind: str) -> Path:
-    mark = f"{kind}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    mark = f"{kind}-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
     return folder.with_name(f".{folder.name}.{mark}")
 
 
@@ -123,7 +123,7 @@ def _is_dead(path: Path) -> bool:
         return False
     if untouched_s > _ABANDONED_S:
         return True
-    if match["host"] != socket.gethostname():
+    if match["host"] != platform.node():
         return False
     pid = int(match["pid"])
     # Our own number: this process writes one folder at a time, so it is an earlier life (container) that had it.

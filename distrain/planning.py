@@ -116,4 +116,3 @@ def _resources(config: TrainConfig) -> tuple[str, dict[str, float], dict[str, fl
         return address, asked, {"CPU": cluster.resources.there_cpus}, ()
     finally:
         cluster.close()
-

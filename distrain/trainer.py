@@ -21,9 +21,9 @@ from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, ch
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
 from distrain.errors import CheckpointError, ClusterError, DistrainError, Interrupted, TrainingError
-from distrain.placement import Cluster, Placement
 from distrain.learning.model_state import restore_model
 from distrain.learning.task import build_task
+from distrain.placement import Cluster, Placement
 from distrain.preparation import Preparation, prepare
 from distrain.progress import Progress, RunInfo, SilentProgress
 from distrain.records import Event, Report
@@ -34,7 +34,6 @@ from distrain.supervision import Fail, GiveUp, Replace, Supervision
 from distrain.tracking import DatasetDescription, ModelInput, RunDescription, Tracker, check_reachable, make_tracker
 
 _POLL_SECONDS = 0.25
-_SERVER_THREADS = 4  # more do not make an update faster
 
 
 @dataclass(frozen=True)
@@ -266,8 +265,9 @@ class Trainer:
             min_workers=config.workers.min,
             worker_timeout_s=config.workers.timeout_seconds,
         )
-        threads = config.server.threads or min(_SERVER_THREADS, os.cpu_count() or 1)
-        return UpdateSpec(config.optimizer, config.schedule, config.clip, loop, threads, placement.spans_nodes)
+        return UpdateSpec(
+            config.optimizer, config.schedule, config.clip, loop, config.server.threads, placement.spans_nodes
+        )
 
     def _restored(self) -> Restored | None:
         found = self._checkpoint
@@ -288,9 +288,7 @@ class Trainer:
     def _checkpoint_writer(self, preparation: Preparation, server: Any, tracker: Tracker) -> CheckpointWriter:
         config, dataset = self.config, preparation.train.dataset
         metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
-        store = CheckpointStore(
-            self._folder, config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER
-        )
+        store = CheckpointStore(self._folder, config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER)
         steps_per_epoch = preparation.train.plan.steps_per_epoch
 
         def fields(snapshot: Snapshot) -> dict[str, Any]:
@@ -373,9 +371,7 @@ class Trainer:
             tracking_uri=config.tracking.uri if config.tracking.enabled else None,
         )
 
-    def _finish(
-        self, outcome: Outcome, preparation: Preparation, writer: CheckpointWriter, tracker: Tracker
-    ) -> Result:
+    def _finish(self, outcome: Outcome, preparation: Preparation, writer: CheckpointWriter, tracker: Tracker) -> Result:
         """Log the model, and put the result together."""
         path = writer.last or (self._checkpoint.path if self._checkpoint is not None else None)
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
@@ -408,7 +404,9 @@ class Trainer:
         rows = next(dataset.read(group, 0, min(2, dataset.row_counts[group])))
         kinds = dict(dataset.columns.types)
         inputs = [
-            ModelInput(name, tensor, tuple((c, kinds[c]) for c in dataset.columns.features) if name == "features" else ())
+            ModelInput(
+                name, tensor, tuple((c, kinds[c]) for c in dataset.columns.features) if name == "features" else ()
+            )
             for name, tensor in rows.items()
             if name != "label"
         ]

@@ -177,9 +177,7 @@ class Worker:
         elif frame.kind is not Kind.PUBLISH:
             raise LinkError(f"a worker cannot answer a {frame.kind.name} frame")
 
-    def _compute(
-        self, frame: Frame, readers: Readers, work: Callable[[Batch, int, int], Partial]
-    ) -> None:
+    def _compute(self, frame: Frame, readers: Readers, work: Callable[[Batch, int, int], Partial]) -> None:
         """Sum `work` over the shards asked for, as far as the tree allows, and push each block."""
         if frame.round != self._round:
             self._round = frame.round

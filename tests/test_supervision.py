@@ -21,7 +21,8 @@ def test_failed_starts_back_off_then_give_the_place_up_then_fail():
     last = [supervision.ended(0, "no such module", step=3) for _ in range(5)][-1]
     assert isinstance(last, Fail)
     assert last.message == (
-        "worker 0 failed 5 times in a row before finishing a step: no such module; workers.min is 1, and 0 would be left"
+        "worker 0 failed 5 times in a row before finishing a step: no such module; "
+        "workers.min is 1, and 0 would be left"
     )
 
 

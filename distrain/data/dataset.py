@@ -159,9 +159,7 @@ def open_dataset(
         columns = Columns(columns.features, (), columns.types, columns.num_features, columns.feature_list,
                           transform=columns.transform)  # fmt: skip
     label = columns.labels[0] if len(columns.labels) == 1 and columns.label_is_integer else None
-    files = tuple(
-        DataFile(path, size, footer.num_rows) for (path, size), footer in zip(found, footers, strict=True)
-    )
+    files = tuple(DataFile(path, size, footer.num_rows) for (path, size), footer in zip(found, footers, strict=True))
     groups = tuple(
         _row_group(number, footer, index, columns, label)
         for number, footer in enumerate(footers)

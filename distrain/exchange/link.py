@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any, Protocol
 
 from distrain.errors import LinkError
@@ -265,7 +266,9 @@ class Address:
     tcp: tuple[str, int] | None = None
 
 
-def connect(address: Address, same_node: bool, token: str, hello: dict[str, Any], timeout_s: float = 30.0) -> SocketLink:
+def connect(
+    address: Address, same_node: bool, token: str, hello: dict[str, Any], timeout_s: float = 30.0
+) -> SocketLink:
     """Open a worker's link to the server and introduce it.
 
     Raises LinkError when nobody listens there or the challenge does not come.
@@ -325,14 +328,14 @@ class Hub:
         happened: list[tuple[SocketLink, Frame | LinkError]] = []
         for key, events in self._selector.select(timeout_s):
             if key.fileobj in self._listeners:
-                self._accept(key.fileobj)  # type: ignore[arg-type]
+                self._accept(key.fileobj)
                 continue
             link = key.fileobj
             assert isinstance(link, SocketLink)
             if events & selectors.EVENT_WRITE:
                 self._guard(link, link.flush, happened)
             if events & selectors.EVENT_READ and link in self._links:
-                self._guard(link, lambda link=link: self._read(link, happened), happened)
+                self._guard(link, partial(self._read, link, happened), happened)
         self._drop_silent_strangers()
         self._watch_writers()
         return happened

@@ -104,9 +104,7 @@ class Layout:
         float_buffers = place((name, b) for name, b in buffers if b.is_floating_point())
         integers = [(name, b) for name, b in buffers if not b.is_floating_point()]
         int_buffers = place(integers, 0)
-        return cls(
-            parameters, float_buffers, int_buffers, num_gradients, position, sum(b.numel() for _, b in integers)
-        )
+        return cls(parameters, float_buffers, int_buffers, num_gradients, position, sum(b.numel() for _, b in integers))
 
     @cached_property
     def digest(self) -> str:

@@ -97,8 +97,8 @@ class Loss:
         elif self.name == "binary_cross_entropy":
             low, high = torch.aminmax(label)
             if low < 0 or high > 1:
-                value = float(low) if low < 0 else float(high)
-                raise LabelError(f"label {value:g} is out of range: binary_cross_entropy takes labels in [0, 1]", value)
+                bad = float(low) if low < 0 else float(high)
+                raise LabelError(f"label {bad:g} is out of range: binary_cross_entropy takes labels in [0, 1]", bad)
 
 
 class LabelError(DataError):

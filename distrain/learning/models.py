@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from distrain.config import ModelConfig
 from distrain.errors import ConfigError
@@ -46,6 +46,9 @@ class MLP(nn.Sequential):
 class Standardized(nn.Module):
     """Subtracts the training rows' mean and divides by their deviation before the model, so that an exported model
     contains both. `mean` and `deviation` are float32 buffers [num_features]."""
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, model: nn.Module, mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
@@ -96,7 +99,7 @@ def _from_factory(config: ModelConfig) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{where} returned {type(model).__name__}, not a torch.nn.Module")
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if isinstance(tensor, UninitializedParameter) or isinstance(tensor, nn.parameter.UninitializedBuffer):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ConfigError(f"{where}: {name} has no shape yet; lazy modules are not supported, give their sizes")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ConfigError(f"{where}: {name} is {tensor.dtype}; models are trained in torch.float32 (model.float())")

@@ -92,5 +92,5 @@ def _groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     spared = [p for name, p in trainable if id(p) in of_norms or name.rpartition(".")[2].startswith("bias")]
     spared_ids = {id(p) for p in spared}
     decayed = [p for _, p in trainable if id(p) not in spared_ids]
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

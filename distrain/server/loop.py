@@ -94,7 +94,7 @@ class _Stopped(Exception):
 
 
 class Loop:
-    """Drives a run: deals rounds to whoever is there, applies their sums, validates, snapshots, and decides when to end.
+    """Drives a run: deals rounds to whoever is there, applies their sums, validates, snapshots, decides when to end.
 
     Call `run` once; `stop` and `abort` from any thread.
     """

@@ -227,6 +227,9 @@ class MlflowTracker:
         return self._is_complete
 
     def _work(self) -> None:
+        # Opening takes 3 to 5 s of processor, while Ray and the workers start, and each point 0.2 ms: they come first.
+        with suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             writer = self._open()
         except TrackingError as error:
@@ -237,8 +240,6 @@ class MlflowTracker:
             return
         finally:
             self._ready.set()
-        with suppress(OSError, AttributeError):  # storing a point costs 0.2 ms of processor: workers come first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while not self._stop.wait(_FLUSH_S):
             writer.deliver()
         self._is_complete = writer.end(self._final_status)

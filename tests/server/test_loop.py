@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def test_any_number_of_workers_over_any_link_gives_the_same_bits(undisturbed, nu
 class Mortal(Worker):
     """Dies, as a killed process does, when asked for a step of `deaths`: {rank: (step, when)}."""
 
-    deaths: dict[int, tuple[int, str]] = {}
-    died: list[int] = []
+    deaths: ClassVar[dict[int, tuple[int, str]]] = {}
+    died: ClassVar[list[int]] = []
 
     def handle(self, frame: Frame) -> None:
         step, when = self.deaths.get(self.rank, (-1, ""))

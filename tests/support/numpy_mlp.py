@@ -1,8 +1,8 @@
 """Forward propagation and backpropagation of a multilayer perceptron from the matrix equations, in float64 NumPy.
 
-Goodfellow, Bengio, Courville, "Deep Learning" (2016), algorithms 6.3 and 6.4. For layer l with input H_{l-1} [rows, in]:
-A_l = H_{l-1} W_l + b_l, H_l = f(A_l); and backwards G_l = dJ/dA_l, dJ/dW_l = H_{l-1}^T G_l, dJ/db_l = sum of rows of G_l,
-G_{l-1} = (G_l W_l^T) * f'(A_{l-1}).
+Goodfellow, Bengio, Courville, "Deep Learning" (2016), algorithms 6.3 and 6.4. For layer l with input H_{l-1} of
+[rows, in]: A_l = H_{l-1} W_l + b_l, H_l = f(A_l); and backwards G_l = dJ/dA_l, dJ/dW_l = H_{l-1}^T G_l, dJ/db_l = sum
+of rows of G_l, G_{l-1} = (G_l W_l^T) * f'(A_{l-1}).
 """
 
 from __future__ import annotations

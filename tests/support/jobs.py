@@ -1,0 +1,141 @@
+"""Small jobs on disk, and runs of the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+CLASSES = 3
+
+
+def write_rows(folder: Path, rows: int, files: int = 2, row_group_rows: int = 37, seed: int = 0) -> Path:
+    """Parquet files of 4 features f0..f3 and an integer label that depends on them."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(rows, 4)).astype(np.float32)
+    label = np.argmax(features[:, :CLASSES], axis=1).astype(np.int64)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(np.array_split(np.arange(rows), files)):
+        columns = {f"f{i}": features[part, i] for i in range(4)}
+        table = pa.table({**columns, "label": label[part]})
+        pq.write_table(table, folder / f"part-{number}.parquet", row_group_size=row_group_rows)
+    return folder
+
+
+def write_job(folder: Path, rows: int = 300, **changes: Any) -> Path:
+    """A configuration over fresh data in `folder`: an MLP with dropout and batch normalization. Returns its path."""
+    values: dict[str, Any] = {
+        "data": {
+            "train": str(write_rows(folder / "train", rows)),
+            "validation": str(write_rows(folder / "validation", 90, files=1, seed=1)),
+            "label": "label",
+            "shuffle_rows": 60,
+            "standardize": True,
+        },
+        "model": {"hidden": [16, 8], "dropout": 0.2, "batch_norm": True},
+        "optimizer": {"name": "AdamW", "lr": 0.01, "weight_decay": 0.01},
+        "schedule": {"name": "CosineAnnealingLR", "T_max": 60, "warmup_steps": 5},
+        "clip": {"norm": 1.0},
+        "batch_size": 32,
+        "epochs": 4,
+        "shards": 4,
+        "checkpoint": {"dir": str(folder / "checkpoints")},
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+@dataclass
+class Finished:
+    """A command that ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON line."""
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start the command line, with no cluster to attach to."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "distrain.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def distrain(*arguments: str, cwd: Path, timeout_s: float = 120) -> Finished:
+    """Run the command line to its end."""
+    return finish(start(*arguments, cwd=cwd), timeout_s)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> Finished:
+    """Wait for a command's end."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Finished(process.returncode, stdout, stderr)
+
+
+def wait_for(condition: Any, timeout_s: float = 60, what: str = "it") -> Any:
+    """Poll until `condition()` is true; returns what it returned."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {timeout_s} s")
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The worker actors' processes below a driver."""
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    found = []
+    for child in children:
+        try:
+            if "WorkerActor" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def leftovers(before: set[int]) -> list[str]:
+    """Ray processes of ours that were not there before, and anonymous buffers or sockets they could hold."""
+    left = []
+    for process in psutil.process_iter(["pid", "name", "cmdline"]):
+        text = " ".join(process.info["cmdline"] or [])
+        mine = any(word in text for word in ("ray::", "raylet", "gcs_server", "distrain-ray-"))
+        if mine and process.info["pid"] not in before and process.status() != psutil.STATUS_ZOMBIE:
+            left.append(text[:100])
+    sockets = Path("/proc/net/unix").read_text().count("@distrain-")
+    return left + (["abstract sockets"] if sockets else [])

@@ -1,0 +1,181 @@
+"""Whole runs on a real Ray: the same bits at any worker count, after a kill, a stop and a resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from distrain.config import TrainConfig, load_config
+from distrain.errors import ClusterError, ConfigError, TrainingError
+from distrain.progress import SilentProgress
+from distrain.records import Report
+from distrain.trainer import Result, Trainer
+from tests.support.jobs import distrain, finish, leftovers, start, wait_for, workers_of, write_job
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One Ray for the runs that do not test starting one."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def job(folder: Path) -> Path:
+    return write_job(folder, tracking={"enabled": False})
+
+
+def fit(job: Path, *overrides: str) -> Result:
+    return Trainer(load_config(job, overrides)).fit()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, job: Path) -> Result:
+    return fit(job, "workers.count=1")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_same_bits_at_any_worker_count(undisturbed: Result, job: Path, count: int):
+    result = fit(job, f"workers.count={count}")
+    assert result.parameters_sha256 == undisturbed.parameters_sha256
+    assert result.status == "finished" and result.steps == 40 and result.samples == 4 * 300
+    assert result.validation["accuracy"] > 0.6
+    assert result.worker_failures == 0
+
+
+def test_another_seed_gives_other_bits(undisturbed: Result, job: Path):
+    assert fit(job, "workers.count=1", "seed=1").parameters_sha256 != undisturbed.parameters_sha256
+
+
+def test_a_run_ended_in_the_middle_of_an_epoch_resumes_at_another_worker_count(undisturbed: Result, job: Path):
+    first = fit(job, "workers.count=3", "max_steps=13")
+    assert first.steps == 13 and first.checkpoint is not None
+    assert first.parameters_sha256 != undisturbed.parameters_sha256
+    resumed = Trainer.resume(first.checkpoint, ["max_steps=null", "workers.count=2"]).fit()
+    assert resumed.steps == 40
+    assert resumed.parameters_sha256 == undisturbed.parameters_sha256
+
+
+def test_python_users_get_the_same_from_nested_values(undisturbed: Result, job: Path):
+    config = TrainConfig(**load_config(job, ["workers.count=1"]).to_mapping())
+    assert Trainer(config).fit().parameters_sha256 == undisturbed.parameters_sha256
+
+
+def test_a_killed_worker_is_replaced_and_costs_no_bit(cluster: None, job: Path):
+    """A progress display that sees each report is the fault injector: one kill while all are there, one more when the
+    replacement has joined."""
+
+    class Killer(SilentProgress):
+        killed = joined = 0
+
+        def report(self, report: Report) -> None:
+            self.joined += sum(event.kind == "joined" for event in report.events)
+            if report.steps and self.killed < 2 and self.joined == 2 + self.killed:
+                workers_of(os.getpid())[0].kill()
+                self.killed += 1
+
+    overrides = ("workers.count=2", "epochs=400", "data.validation=null")
+    expected = fit(job, *overrides)
+    killer = Killer()
+    result = Trainer(load_config(job, overrides), killer).fit()
+    assert killer.killed == 2
+    assert result.worker_failures == 2
+    assert result.steps == expected.steps == 4000
+    assert result.parameters_sha256 == expected.parameters_sha256
+
+
+def test_a_cluster_that_is_too_small_says_so(cluster: None, job: Path):
+    with pytest.raises(ClusterError, match=r"asked for 9 CPUs \(9 workers of 1\), the cluster has 4"):
+        fit(job, "workers.count=9")
+
+
+def test_what_the_users_factory_or_model_raises_is_shown(cluster: None, job: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "class Broken(torch.nn.Linear):\n"
+        "    def forward(self, features):\n"
+        "        return features @ torch.zeros(99, 3)\n"
+        "def broken():\n"
+        "    return Broken(4, 3)\n"
+        "def half():\n"
+        "    return torch.nn.Linear(4, 3).half()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(TrainingError, match=r"features @ torch.zeros\(99, 3\)"):
+        fit(job, "model={factory: 'my_models:broken'}", "data.standardize=false")
+    with pytest.raises(ConfigError, match=r"model.factory: my_models:half: weight is torch.float16"):
+        fit(job, "model={factory: 'my_models:half'}", "data.standardize=false")
+    with pytest.raises(ConfigError, match=r"has no .brokn.; did you mean broken"):
+        fit(job, "model={factory: 'my_models:brokn'}", "data.standardize=false")
+
+
+def test_one_row_for_batch_normalization_is_refused_before_the_start(cluster: None, job: Path):
+    with pytest.raises(ConfigError, match="batch normalization needs 2"):
+        fit(job, "batch_size=299")
+
+
+class TestOnItsOwnRay:
+    """The command line, which starts a Ray of its own and leaves nothing behind."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_left(self):
+        before = {process.pid for process in psutil.process_iter()}
+        yield
+        wait_for(lambda: not leftovers(before), 15, f"the end of {leftovers(before)}")
+
+    def test_sigterm_then_resume_at_another_count(self, tmp_path: Path):
+        job = write_job(tmp_path, epochs=300)
+        process = start("train", str(job), "workers.count=2", "--json", cwd=tmp_path)
+        wait_for(lambda: list(tmp_path.glob("checkpoints/*/step-*")), 60, "a first checkpoint")
+        process.send_signal(signal.SIGTERM)
+        stopped = finish(process)
+        assert stopped.code == 143, stopped.stderr
+        assert "go on with: distrain resume" in stopped.stderr
+        [run] = (tmp_path / "checkpoints").iterdir()
+        resumed = distrain("resume", str(run), "workers.count=3", "--json", cwd=tmp_path)
+        assert resumed.code == 0, resumed.stderr
+        expected = distrain("train", str(job), "workers.count=1", "--json", cwd=tmp_path)
+        assert resumed.result["parameters_sha256"] == expected.result["parameters_sha256"]
+        assert resumed.result["steps"] == expected.result["steps"] == 3000
+
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        [experiment] = [e for e in client.search_experiments() if e.name == "distrain"]
+        runs = client.search_runs([experiment.experiment_id])
+        assert len(runs) == 2
+        history = client.get_metric_history(resumed.result["run_id"], "train/loss")
+        steps = [point.step for point in history]
+        assert len(steps) == len(set(steps)), "a step was logged twice"
+        assert client.get_run(resumed.result["run_id"]).info.status == "FINISHED"
+
+    def test_ctrl_c_writes_a_checkpoint_and_ends_with_130(self, tmp_path: Path):
+        job = write_job(tmp_path, epochs=10_000, tracking={"enabled": False})
+        process = start("train", str(job), cwd=tmp_path)
+        wait_for(lambda: list(tmp_path.glob("checkpoints/*/step-*")), 60, "a first checkpoint")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        stopped = finish(process)
+        assert stopped.code == 130, stopped.stderr
+        assert "finishing the step" in stopped.stderr
+
+    def test_a_killed_driver_takes_its_workers_along(self, tmp_path: Path):
+        job = write_job(tmp_path, epochs=10_000, tracking={"enabled": False})
+        process = start("train", str(job), cwd=tmp_path)
+        workers = wait_for(lambda: workers_of(process.pid), 60, "the workers' start")
+        process.kill()
+        process.wait()
+        wait_for(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers), 15, "the workers' end")
