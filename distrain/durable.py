@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import secrets
 import shutil
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,0 +1,60 @@
+"""DistributedDataParallel over gloo, fed by the same hand-written streaming."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.contenders.spec import Spec
+from jobs.contenders.streaming import batches
+
+
+def work(rank: int, spec: Spec, store: str, rates: object) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=spec.num_workers)
+    model = DistributedDataParallel(spec.model(), gradient_as_bucket_view=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    stop, steps, start = torch.zeros(1), 0, 0.0
+    for step, (features, label) in enumerate(batches(spec, rank)):
+        if step == spec.warmup_steps:
+            dist.barrier()
+            start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        spec.loss_of(model(features), label).backward()
+        optimizer.step()
+        if step >= spec.warmup_steps:
+            steps += 1
+            if steps % 50 == 0:  # rank 0 decides for all, or the others would wait for ever
+                stop.fill_(float(time.perf_counter() - start >= spec.seconds))
+                dist.broadcast(stop, 0)
+                if stop.item():
+                    break
+    if rank == 0:
+        rates.put(steps * spec.batch_size * spec.num_workers / (time.perf_counter() - start))  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    spec = Spec.from_json(sys.argv[1])
+    context = mp.get_context("spawn")
+    rates = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [
+            context.Process(target=work, args=(rank, spec, f"{folder}/store", rates))
+            for rank in range(spec.num_workers)
+        ]
+        for worker in workers:
+            worker.start()
+        print(rates.get())
+        for worker in workers:
+            worker.join()
+
+
+if __name__ == "__main__":
+    main()
