@@ -67,6 +67,8 @@ class TreeSum:
         while True:
             left = self._by_stop.get(block.first)
             right = self._by_first.get(block.stop)
+            if self._is_half_of_all(block):
+                break
             if left is not None and left.joins(block, self._num_shards):
                 left_part = self._take(left)
                 left_part.add(part)
@@ -83,6 +85,11 @@ class TreeSum:
         self._by_stop[block.stop] = block
         return freed
 
+    def _is_half_of_all(self, block: Block) -> bool:
+        """Whether the block is one of the tree's last two: whoever averages adds them in the same pass."""
+        width = 1 << (self._num_shards - 1).bit_length() >> 1
+        return (block.first, block.stop) in ((0, width), (width, self._num_shards))
+
     def _take(self, block: Block) -> Partial:
         del self._by_stop[block.stop]
         return self._by_first.pop(block.first)[1]
@@ -92,7 +99,9 @@ class TreeSum:
         return iter([self._by_first[first] for first in sorted(self._by_first)])
 
     @property
-    def total(self) -> Partial | None:
-        """The sum over all shards, or None while some are missing."""
-        whole = self._by_first.get(0)
-        return whole[1] if whole is not None and whole[0].stop == self._num_shards else None
+    def halves(self) -> tuple[Partial, ...] | None:
+        """The two halves whose sum is that of all shards (one, if there is one shard); None while some are missing."""
+        parts = tuple(part for _, part in self)
+        blocks = [block for block, _ in self]
+        whole = self._num_shards == 1 or (len(blocks) == 2 and all(self._is_half_of_all(block) for block in blocks))
+        return parts if parts and whole else None

@@ -89,7 +89,7 @@ class Columns:
         values = np.empty((batch.num_rows, len(self.features)), dtype=np.float32)
         for index, name in enumerate(self.features):
             values[:, index] = _numbers(batch.column(name), name, where)
-        if not np.isfinite(values.sum(dtype=np.float64)):  # cheap; a sum of finite values can only overflow float32
+        if not np.isfinite(values.sum(dtype=np.float32)):  # cheap; finite values may overflow it, so look closer then
             for index, name in enumerate(self.features):
                 _check_finite(values[:, index], name, where)
         return values

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distrain.config import ClipConfig
 
-_BLOCK = 4096  # values summed by one thread: the result does not depend on how many threads there are
+PIECE = 24_576  # values summed at a time: too few for torch to share among threads, so their number does not matter
 
 
 def global_norm(gradients: Tensor) -> float:
@@ -18,10 +18,13 @@ def global_norm(gradients: Tensor) -> float:
 
     Not finite exactly when some value is not.
     """
-    whole = len(gradients) // _BLOCK * _BLOCK
-    blocks = torch.linalg.vector_norm(gradients[:whole].view(-1, _BLOCK), dim=1, dtype=torch.float64)
-    rest = torch.linalg.vector_norm(gradients[whole:], dtype=torch.float64)
-    return math.sqrt(sum(value * value for value in [*blocks.tolist(), rest.item()]))
+    return math.sqrt(sum(squared_norm(piece) for piece in gradients.split(PIECE)))
+
+
+def squared_norm(piece: Tensor) -> float:
+    """The square of the L2 norm of at most PIECE float32 values, in float64."""
+    norm: float = torch.linalg.vector_norm(piece, dtype=torch.float64).item()
+    return norm * norm
 
 
 def clip_(gradients: Tensor, clip: ClipConfig | None, norm: float) -> bool:

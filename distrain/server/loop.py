@@ -223,8 +223,8 @@ class Loop:
 
     def _train_step(self) -> tuple[StepRecord, str | None]:
         """One step: exchange, update, publish. Returns its record, and a reason to stop if the run has converged."""
-        round_, total = self._exchange(Kind.TRAIN, self.step, self._plan)
-        update = self._server.apply(total, self.step + 1)
+        round_, halves = self._exchange(Kind.TRAIN, self.step, self._plan)
+        update = self._server.apply(halves, self.step + 1)
         epoch, _ = self._plan.position(self.step)
         self.step += 1
         self._last_loss = update.loss
@@ -239,7 +239,7 @@ class Loop:
             grad_norm=update.grad_norm,
             lr=update.lr,
             clipped=update.clipped,
-            samples=total.samples,
+            samples=update.samples,
             num_bytes=round_.num_bytes,
             data_s=data_s,
             compute_s=compute_s,
@@ -267,12 +267,13 @@ class Loop:
         sums, samples, loss = torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0
         for step in range(self._validation_plan.steps_per_epoch):
             try:
-                _, total = self._exchange(Kind.VALIDATE, step, self._validation_plan)
+                _, halves = self._exchange(Kind.VALIDATE, step, self._validation_plan)
             except _Stopped:
                 return None
-            sums += total.vector
-            samples += total.samples
-            loss += total.loss
+            for part in halves:
+                sums += part.vector
+                samples += part.samples
+                loss += part.loss
         self._validation = {"loss": loss / samples, **self._metrics.combine(sums.tolist())}
         self._validated_at = self.step
         now = time.perf_counter()
@@ -309,8 +310,8 @@ class Loop:
         )
         self._last_snapshot = self.step
 
-    def _exchange(self, kind: Kind, step: int, plan: Plan) -> tuple[_Round, Partial]:
-        """Have every shard of a step computed once. Returns the sum over all of them, in the fixed order."""
+    def _exchange(self, kind: Kind, step: int, plan: Plan) -> tuple[_Round, tuple[Partial, ...]]:
+        """Have every shard of a step computed once. Returns the last two halves of the sum over all of them."""
         self._round_number += 1
         self._round = _Round(kind, step, TreeSum(plan.num_shards))
         for assignment in self._ledger.begin(self._round_number):
@@ -319,9 +320,9 @@ class Loop:
             self._poll()
             if self._stop_reason is not None and not self._members:
                 raise _Stopped
-        total = self._round.tree.total
-        assert total is not None
-        return self._round, total
+        halves = self._round.tree.halves
+        assert halves is not None
+        return self._round, halves
 
     def _assign(self, assignment: Assignment) -> None:
         """Ask a worker for its shards; one without shared memory gets the parameters first."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
 from distrain.errors import DivergenceError
 from distrain.exchange.memory import Layout, Published, views
-from distrain.learning.clipping import clip_, global_norm
+from distrain.learning.clipping import PIECE, clip_, squared_norm
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.schedules import build_schedule
 from distrain.reduction import Partial
@@ -22,6 +22,7 @@ from distrain.reduction import Partial
 class Update:
     """What one update did. `grad_norm` is the averaged gradient's L2 norm before clipping."""
 
+    samples: int
     loss: float
     grad_norm: float
     lr: float
@@ -59,15 +60,15 @@ class ParameterServer:
         stop = self.layout.int_buffers[0].start if self.layout.int_buffers else self.layout.num_floats
         self._float_buffers = slice(start, stop)
 
-    def apply(self, total: Partial, step: int) -> Update:
-        """Apply the sum over all shards of one step (number `step`, from 1).
+    def apply(self, halves: tuple[Partial, ...], step: int) -> Update:
+        """Apply one step (number `step`, from 1), given the last two halves of the sum over all shards.
 
         Raises DivergenceError when loss or gradient is not finite; parameters are then as they were.
         """
         start = time.perf_counter()
-        loss = total.loss / total.samples
-        torch.mul(total.vector, 1.0 / total.samples, out=self._mean)
-        norm = global_norm(self._gradients)
+        samples = sum(half.samples for half in halves)
+        loss = sum(half.loss for half in halves) / samples
+        norm = self._average([half.vector for half in halves], samples)
         if not math.isfinite(norm) or not math.isfinite(loss):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise DivergenceError(
@@ -79,7 +80,23 @@ class ParameterServer:
         self.optimizer.step()
         self.schedule.step()
         self._update_buffers()
-        return Update(loss, norm, lr, clipped, time.perf_counter() - start)
+        return Update(samples, loss, norm, lr, clipped, time.perf_counter() - start)
+
+    def _average(self, sums: list[Tensor], samples: int) -> float:
+        """Write the average of the summed vectors, and return the gradient's norm in float64.
+
+        In pieces that stay in the cache: memory, not arithmetic, is what an update waits for.
+        """
+        squares = 0.0
+        for start in range(0, self.layout.num_floats, PIECE):
+            piece = slice(start, start + PIECE)
+            mean = self._mean[piece]
+            if len(sums) == 2:
+                torch.add(sums[0][piece], sums[1][piece], out=mean).mul_(1.0 / samples)
+            else:
+                torch.mul(sums[0][piece], 1.0 / samples, out=mean)
+            squares += squared_norm(self._gradients[piece])
+        return math.sqrt(squares)
 
     def _update_buffers(self) -> None:
         """Add the buffers' mean changes. A constant buffer changes by exactly 0 and keeps its bits."""
