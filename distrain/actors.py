@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from distrain.server.parameter_server import ParameterServer
 from distrain.server.reports import Reports
 from distrain.worker import Source, Worker
 
-_SMALL_MODEL = 200_000  # parameters
 _MOST_THREADS = 4
 
 
@@ -51,7 +51,8 @@ class UpdateSpec:
     schedule: ScheduleConfig | None
     clip: ClipConfig | None
     loop: LoopSettings
-    num_threads: int | None  # None: by the model's size
+    num_threads: int | None  # None: as many as the workers leave
+    cpus_of_workers: float  # on the server's node
     spans_nodes: bool
 
 
@@ -98,7 +99,7 @@ class ServerActor:
         hub = Hub(run.token, host)
         validation_plan = run.validation.plan if run.validation is not None else None
         self._loop = Loop(server, hub, run.train.plan, update.loop, self._reports, built.metrics, validation_plan)
-        self._num_threads = update.num_threads or update_threads(server.layout.num_floats)
+        self._num_threads = update.num_threads or update_threads(update.cpus_of_workers)
         if restored is not None:
             restore_model(built.model, restored.model)
             server.published.store_buffers(built.model)
@@ -142,10 +143,10 @@ class WorkerActor:
         worker.run()
 
 
-def update_threads(num_floats: int) -> int:
-    """How many threads an update of so many parameters takes. Waking threads costs more than they save on a small
-    model; more than 4 wait for memory. The result does not depend on it."""
-    return 1 if num_floats < _SMALL_MODEL else min(_MOST_THREADS, os.cpu_count() or 1)
+def update_threads(cpus_of_workers: float) -> int:
+    """How many threads an update takes: as many as the workers leave cores, since waiting for a thread that waits for
+    a core costs more than it saves; more than 4 wait for memory. The result does not depend on it."""
+    return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) - math.ceil(cpus_of_workers)))
 
 
 def worker_failure(error: Exception) -> str:

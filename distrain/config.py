@@ -196,7 +196,9 @@ class ServerConfig(_Section):
     mode: Literal["sync"] = Field("sync", description="Only sync is supported so far: each step waits for all shards")
     staleness: Literal[0] = Field(0, description="Updates that a gradient's parameters may lag; only 0 so far")
     slices: Literal[1] = Field(1, description="Parameter servers that share the model; only 1 so far")
-    threads: Count | None = Field(None, description="Threads of an update; null: by model size, at most 4")
+    threads: Count | None = Field(
+        None, description="Threads of an update; null: the cores that workers leave, at most 4"
+    )
 
 
 class CheckpointConfig(_Section):

@@ -141,6 +141,11 @@ class Placement:
         return Counter(self.nodes).most_common(1)[0][0]
 
     @property
+    def workers_beside_server(self) -> int:
+        """How many workers share the server's node."""
+        return self.nodes.count(self.server_node)
+
+    @property
     def spans_nodes(self) -> bool:
         return len(set(self.nodes)) > 1
 

@@ -266,7 +266,13 @@ class Trainer:
             worker_timeout_s=config.workers.timeout_seconds,
         )
         return UpdateSpec(
-            config.optimizer, config.schedule, config.clip, loop, config.server.threads, placement.spans_nodes
+            config.optimizer,
+            config.schedule,
+            config.clip,
+            loop,
+            config.server.threads,
+            placement.workers_beside_server * config.workers.cpus,
+            placement.spans_nodes,
         )
 
     def _restored(self) -> Restored | None:
