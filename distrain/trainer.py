@@ -148,6 +148,7 @@ class Trainer:
                 status = "KILLED"
                 raise Interrupted("stopped before the first step", signals.received or SIGNALS[0]) from stopped
             finally:
+                self._progress.phase("storing the run in MLflow" if config.tracking.enabled else "ending")
                 tracker.finish(status)
         finally:
             cluster.close()
@@ -300,7 +301,7 @@ class Trainer:
         def fields(snapshot: Snapshot) -> dict[str, Any]:
             return {
                 "run_name": self.run_name,
-                "mlflow_run_id": tracker.run_id,
+                "mlflow_run_id": tracker.wait_ready(),
                 "tracking_uri": config.tracking.uri,
                 "step_in_epoch": snapshot.step % steps_per_epoch,
                 "epoch_finished": snapshot.step % steps_per_epoch == 0,
@@ -384,7 +385,7 @@ class Trainer:
             self._log_model(load(path), preparation, tracker)
         startup = outcome.first_step_ms / 1000 - psutil.Process().create_time() if outcome.first_step_ms else math.nan
         return Result(
-            run_id=tracker.run_id,
+            run_id=tracker.wait_ready(),
             run_name=self.run_name,
             status=outcome.status,
             reason=outcome.reason,

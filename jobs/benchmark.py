@@ -3,7 +3,8 @@
     pip install -e '.[bench]' && python jobs/benchmark.py
 
 Makes its data under benchmark-data/, runs the contenders in turn, several times, each in processes of its own, and
-prints one table; benchmark.json has every figure. `--memory` measures a worker's memory on 1 and 10 million rows instead.
+prints one table; benchmark.json has every figure. `--memory` measures a worker's memory on 1 and 10 million rows
+instead.
 """
 
 from __future__ import annotations

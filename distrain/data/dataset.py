@@ -226,7 +226,8 @@ def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str,
     """The feature columns that the configuration names."""
     others = [name for name in schema.names if name not in labels]
     if data.features is None:
-        chosen = [n for n in others if data.transform is not None or is_number(schema.field(n).type)]
+        kinds = zip(schema.names, schema.types, strict=True)
+        chosen = [n for n, kind in kinds if n not in labels and (data.transform is not None or is_number(kind))]
         if not chosen:
             raise DataError(f"{path}: no integer, float or bool column beside the label; name one in data.features")
     elif isinstance(data.features, str) and set("*?[") & set(data.features):

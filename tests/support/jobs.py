@@ -134,7 +134,7 @@ def leftovers(before: set[int]) -> list[str]:
     left = []
     for process in psutil.process_iter(["pid", "name", "cmdline"]):
         text = " ".join(process.info["cmdline"] or [])
-        mine = any(word in text for word in ("ray::", "raylet", "gcs_server", "distrain-ray-"))
+        mine = any(word in text for word in ("distrain-ray-", "ray::WorkerActor", "ray::ServerActor"))
         if mine and process.info["pid"] not in before and process.status() != psutil.STATUS_ZOMBIE:
             left.append(text[:100])
     sockets = Path("/proc/net/unix").read_text().count("@distrain-")
