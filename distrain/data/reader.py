@@ -7,12 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from distrain.data.plan import Piece, Plan, Window
+from distrain.data.plan import Plan, Window
 
 Batch = dict[str, Tensor]
 _Key = tuple[int, int]  # (epoch, window)
@@ -168,8 +169,7 @@ class _Stream:
         for place, piece in enumerate(windows[index].pieces):
             if self._at != (piece.row_group, piece.start):
                 self.close()
-                last = place == len(windows[index].pieces) - 1
-                self._batches = self._dataset.read(piece.row_group, piece.start, _end(piece, windows, index, last))
+                self._batches = self._dataset.read(piece.row_group, piece.start, _end(windows, index, place))
                 self._at = (piece.row_group, piece.start)
             missing = piece.stop - piece.start
             while missing:
@@ -200,15 +200,14 @@ class _Stream:
         self._batches, self._rest, self._at = iter(()), None, None
 
 
-def _end(piece: Piece, windows: tuple[Window, ...], index: int, is_last: bool) -> int:
-    """Where reading on from a window's piece through the next windows leaves its row group."""
-    stop = piece.stop
-    while is_last and index + 1 < len(windows):
-        index += 1
-        following = windows[index].pieces[0]
-        if (following.row_group, following.start) != (piece.row_group, stop):
+def _end(windows: tuple[Window, ...], index: int, place: int) -> int:
+    """Where reading on from a window's piece, through the pieces and windows after it, leaves its row group."""
+    first, *rest = windows[index].pieces[place:]
+    stop = first.stop
+    for piece in chain(rest, chain.from_iterable(window.pieces for window in windows[index + 1 :])):
+        if (piece.row_group, piece.start) != (first.row_group, stop):
             break
-        stop, is_last = following.stop, len(windows[index].pieces) == 1
+        stop = piece.stop
     return stop
 
 
