@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, W
 from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
-from distrain.errors import CheckpointError, ClusterError, DistrainError, Interrupted, TrainingError
+from distrain.errors import CheckpointError, ClusterError, DistrainError, Interrupted, TrackingError, TrainingError
 from distrain.learning.model_state import restore_model
 from distrain.learning.task import build_task
 from distrain.placement import Cluster, Placement
@@ -132,6 +133,8 @@ class Trainer:
             check_resumable(self._checkpoint.manifest, config.to_mapping(), preparation.fingerprints)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
+        steps = config.epochs * preparation.train.plan.steps_per_epoch
+        self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
         self._progress.phase("starting Ray")
         cluster = Cluster(config.cluster.address, config.workers.count, config.workers.cpus)
         signals.install()  # Ray has installed its own
@@ -301,7 +304,7 @@ class Trainer:
         def fields(snapshot: Snapshot) -> dict[str, Any]:
             return {
                 "run_name": self.run_name,
-                "mlflow_run_id": tracker.wait_ready(),
+                "mlflow_run_id": self._mlflow_run_id(tracker, snapshot.step),
                 "tracking_uri": config.tracking.uri,
                 "step_in_epoch": snapshot.step % steps_per_epoch,
                 "epoch_finished": snapshot.step % steps_per_epoch == 0,
@@ -322,6 +325,14 @@ class Trainer:
             self._progress.note(f"no checkpoint of step {step}: {error.message}")
 
         return CheckpointWriter(store, lambda: _get(server.take_snapshot.remote()), fields, written, failed)
+
+    def _mlflow_run_id(self, tracker: Tracker, step: int) -> str | None:
+        """MLflow's id of the run. Checkpoints do not wait for MLflow to open, but the last one, from which a run goes
+        on, does."""
+        if tracker.run_id is None and (self._stop_reason is not None or step >= self._last_step):
+            with suppress(TrackingError):  # said at the end of the run
+                return tracker.wait_ready()
+        return tracker.run_id
 
     @property
     def _folder(self) -> Path:
@@ -364,10 +375,9 @@ class Trainer:
 
     def _run_info(self, preparation: Preparation, num_parameters: int) -> RunInfo:
         config, plan = self.config, preparation.train.plan
-        steps = config.epochs * plan.steps_per_epoch
         return RunInfo(
             run_name=self.run_name,
-            total_steps=min(steps, config.max_steps) if config.max_steps is not None else steps,
+            total_steps=self._last_step,
             steps_per_epoch=plan.steps_per_epoch,
             epochs=config.epochs,
             num_rows=plan.num_rows,
