@@ -32,7 +32,7 @@ class Schedule:
         self._optimizer = optimizer
         self._base = [group["lr"] for group in optimizer.param_groups]
         self._warmup = config.warmup_steps if config is not None else 0
-        self._main: Any = _build(optimizer, config) if config is not None and config.name else None
+        self._main: Any = _build(optimizer, config) if config is not None else None
         self._started = [group["lr"] for group in optimizer.param_groups]  # as the schedule wants to begin
         self._steps = 0
         self._by_metric = isinstance(self._main, lr_scheduler.ReduceLROnPlateau)
@@ -125,7 +125,8 @@ def _build(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:
     problems = check_schedule(config)
     if problems:
         raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
-    assert config.name is not None
+    if config.name is None:
+        return None
     try:
         return getattr(lr_scheduler, config.name)(optimizer, **config.options)
     except (TypeError, ValueError) as error:

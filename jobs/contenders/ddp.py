@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from jobs.contenders.spec import Spec
 from jobs.contenders.streaming import batches
 
 
-def work(rank: int, spec: Spec, store: str, rates: object) -> None:
+def work(rank: int, spec: Spec, folder: str) -> None:
+    """One process; the first writes the rate of all to `folder`/rate."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=spec.num_workers)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=spec.num_workers)
     model = DistributedDataParallel(spec.model(), gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     stop, steps, start = torch.zeros(1), 0, 0.0
@@ -36,24 +38,16 @@ def work(rank: int, spec: Spec, store: str, rates: object) -> None:
                 if stop.item():
                     break
     if rank == 0:
-        rates.put(steps * spec.batch_size * spec.num_workers / (time.perf_counter() - start))  # type: ignore[attr-defined]
+        rate = steps * spec.batch_size * spec.num_workers / (time.perf_counter() - start)
+        Path(folder, "rate").write_text(str(rate))
     dist.destroy_process_group()
 
 
 def main() -> None:
     spec = Spec.from_json(sys.argv[1])
-    context = mp.get_context("spawn")
-    rates = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        workers = [
-            context.Process(target=work, args=(rank, spec, f"{folder}/store", rates))
-            for rank in range(spec.num_workers)
-        ]
-        for worker in workers:
-            worker.start()
-        print(rates.get())
-        for worker in workers:
-            worker.join()
+        mp.spawn(work, args=(spec, folder), nprocs=spec.num_workers)  # raises what a process raised
+        print(Path(folder, "rate").read_text())
 
 
 if __name__ == "__main__":

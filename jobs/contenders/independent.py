@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
@@ -12,14 +15,15 @@ from jobs.contenders.spec import Spec
 from jobs.contenders.streaming import batches
 
 
-def work(rank: int, spec: Spec, barrier: object, rates: object) -> None:
+def work(rank: int, spec: Spec, folder: str, together: Barrier) -> None:
+    """One process, which writes its own rate to `folder`/RANK. They only start measuring at the same time."""
     torch.set_num_threads(1)
     model = spec.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     steps, start = 0, 0.0
     for step, (features, label) in enumerate(batches(spec, rank)):
         if step == spec.warmup_steps:
-            barrier.wait()  # type: ignore[attr-defined]
+            together.wait()
             start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         spec.loss_of(model(features), label).backward()
@@ -28,19 +32,15 @@ def work(rank: int, spec: Spec, barrier: object, rates: object) -> None:
             steps += 1
             if time.perf_counter() - start >= spec.seconds:
                 break
-    rates.put(steps * spec.batch_size / (time.perf_counter() - start))  # type: ignore[attr-defined]
+    Path(folder, str(rank)).write_text(str(steps * spec.batch_size / (time.perf_counter() - start)))
 
 
 def main() -> None:
     spec = Spec.from_json(sys.argv[1])
-    context = mp.get_context("spawn")
-    rates, barrier = context.Queue(), context.Barrier(spec.num_workers)
-    workers = [context.Process(target=work, args=(r, spec, barrier, rates)) for r in range(spec.num_workers)]
-    for worker in workers:
-        worker.start()
-    print(sum(rates.get() for _ in workers))
-    for worker in workers:
-        worker.join()
+    together = mp.get_context("spawn").Barrier(spec.num_workers)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, args=(spec, folder, together), nprocs=spec.num_workers)  # raises what a process raised
+        print(sum(float(Path(folder, str(rank)).read_text()) for rank in range(spec.num_workers)))
 
 
 if __name__ == "__main__":
