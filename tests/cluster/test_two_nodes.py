@@ -1,0 +1,45 @@
+"""Two Ray nodes on this machine: the worker beside the server shares memory, the other exchanges over TCP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.jobs import write_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.cluster]
+
+# In a process of its own: a process has one Ray at a time.
+SCRIPT = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from distrain.config import load_config
+from distrain.trainer import Trainer
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+hashes = [
+    Trainer(load_config(sys.argv[1], [f"workers.count={count}", "epochs=2"])).fit().parameters_sha256
+    for count in (1, 2)
+]
+print(json.dumps({"nodes": len(ray.nodes()), "hashes": hashes}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_workers_of_two_nodes_give_the_same_bits_as_one(tmp_path: Path):
+    job = write_job(tmp_path, tracking={"enabled": False})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(job)], capture_output=True, text=True, timeout=240, cwd=Path.cwd()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["nodes"] == 2
+    assert len(set(said["hashes"])) == 1
