@@ -1,0 +1,122 @@
+"""The configuration reads back as written, and names every mistake with file, line and key."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrain.config import ClipConfig, OptimizerConfig, TrainConfig, load_config
+from distrain.errors import ConfigError
+
+DATA = {"train": "rows", "validation": "held-out", "label": "y"}
+
+configs = st.fixed_dictionaries(
+    {"data": st.just(DATA)},
+    optional={
+        "loss": st.sampled_from(["mse", "cross_entropy", {"factory": "mine:loss", "args": {"gamma": 2.0}}]),
+        "model": st.fixed_dictionaries({"hidden": st.lists(st.integers(1, 999), max_size=3)}),
+        "optimizer": st.fixed_dictionaries(
+            {"name": st.sampled_from(["SGD", "Adam"]), "lr": st.floats(1e-6, 10)},
+            optional={"momentum": st.floats(0, 0.99), "betas": st.just([0.9, 0.99])},
+        ),
+        "clip": st.sampled_from([None, {"norm": 1.0}, {"value": 0.5}]),
+        "batch_size": st.integers(8, 4096),
+        "shards": st.sampled_from([None, 1, 4, 8]),
+        "seed": st.integers(0, 2**63 - 1),
+        "early_stopping": st.sampled_from([None, {"metric": "accuracy", "patience": 2}]),
+        "convergence": st.sampled_from([None, {"grad_norm": 1e-3}]),
+    },
+)
+
+
+@given(values=configs)
+def test_what_is_written_reads_back_as_the_same(values: dict):
+    config = TrainConfig(**values)
+    text = config.to_yaml()
+    again = TrainConfig.from_mapping(yaml.safe_load(text))
+    assert again == config
+    assert again.sha256() == config.sha256() and again.to_yaml() == text
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    return [line.replace(f"{tmp_path}/", "") for line in error.value.message.splitlines()]
+
+
+GOOD = "data: {train: rows, label: y}\n"
+
+
+def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
+    text = "data:\n  train: rows\nbatchsize: 3\nmodel: {hidden: [8, -1]}\nloss: mes\nclip: {}\nserver: {mode: async}\n"
+    assert sorted(problems(tmp_path, text, "optimizer.lr=fast", "nonsense")) == sorted(
+        [
+            'override "nonsense": write it as dotted.key=value, such as optimizer.lr=0.01',
+            "train.yaml:1: data.label: missing; it has no default",
+            "train.yaml:3: batchsize: no such key; did you mean batch_size?",
+            "train.yaml:4: model.hidden[1]: must be at least 1, got -1",
+            "train.yaml:5: loss.name: 'mes' is not supported; it may be mse, cross_entropy, binary_cross_entropy; "
+            "did you mean mse?",
+            "train.yaml:6: clip: give exactly one of norm and value",
+            "train.yaml:7: server.mode: 'async' is not supported; it may be sync; did you mean sync?",
+            "override \"optimizer.lr=fast\": optimizer.lr: expected a number, got 'fast'",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "train.yaml: the file is empty"),
+        ("- 1\n", "train.yaml:1: a configuration is a mapping of keys, this is a list"),
+        ("data: {\n", "not valid YAML"),
+        (GOOD + "epochs: 1\nepochs: 2\n", "train.yaml:3: epochs: the same key stands in line 2 already"),
+        (GOOD + "model: {activation: no}\n", "YAML reads yes, no, on and off as true and false"),
+        (GOOD + "shards: 999\n", "train.yaml: batch_size is 256 and there are 999 shards"),
+        (GOOD + "workers: {count: 1, min: 2}\n", "workers.min is 2, more than workers.count, 1"),
+        (GOOD + "early_stopping: {patience: 2}\n", "early_stopping needs data.validation"),
+        (GOOD + "model: {name: mlp, factory: 'a:b'}\n", "train.yaml:2: model: give either name or factory, not both"),
+        (GOOD + "workers: {gpus: 1}\n", "workers.gpus: 1 is not supported; it may be 0"),
+        (GOOD + "data2: 1\n", "train.yaml:2: data2: no such key; did you mean data?"),
+    ],
+)
+def test_one_mistake(tmp_path: Path, text: str, said: str):
+    assert any(said in line for line in problems(tmp_path, text)), problems(tmp_path, text)
+
+
+def test_a_missing_file_names_the_near_one(tmp_path: Path):
+    (tmp_path / "train.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"tran.yaml: no such file; did you mean .*train.yaml"):
+        load_config(tmp_path / "tran.yaml")
+
+
+def test_overrides_go_before_the_file_and_into_short_forms(tmp_path: Path):
+    path = tmp_path / "train.yaml"
+    path.write_text(GOOD + "loss: cross_entropy\noptimizer: {lr: 1e-3}\n")
+    assert load_config(path).optimizer.lr == 0.001  # YAML 1.1 reads 1e-3 as a text
+    config = load_config(path, ["loss.name=mse", "optimizer.lr=2e-2", "model.hidden=[4, 5]", "clip.norm=1"])
+    assert (config.loss.name, config.optimizer.lr, config.model.hidden) == ("mse", 0.02, [4, 5])
+    assert config.clip == ClipConfig(norm=1.0)
+
+
+def test_python_users_get_the_same_errors_without_a_file():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(data={"train": "rows"}, optimizer={"lr": -1})
+    assert error.value.message.splitlines() == [
+        "data.label: missing; it has no default",
+        "optimizer.lr: must be greater than 0, got -1",
+    ]
+    assert OptimizerConfig(betas=["1e-1", 0.9]).options == {"betas": [0.1, 0.9]}
+
+
+def test_credentials_do_not_travel():
+    config = TrainConfig(data=DATA, tracking={"uri": "https://me:secret@mlflow.example"})
+    assert "secret" not in config.to_yaml() and "https://***@mlflow.example" in config.to_yaml()
