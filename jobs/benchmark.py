@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +80,14 @@ def make_column_rows(folder: Path, num_rows: int = 4_000_000, num_files: int = 4
     """32 float columns, and a target that depends on them."""
     rng = np.random.default_rng(0)
     weights = rng.normal(size=32).astype(np.float32)
+    rows_of_file = num_rows // num_files
     for number in range(num_files):
         names = [*(f"f{i}" for i in range(32)), "y"]
         schema = pa.schema([(name, pa.float32()) for name in names])
         with pq.ParquetWriter(folder / f"part-{number}.parquet", schema) as writer:
-            for _ in range(max(1, num_rows // num_files // 100_000)):
-                features = rng.normal(size=(100_000, 32)).astype(np.float32)
+            for first in range(0, rows_of_file, 100_000):
+                rows = min(100_000, rows_of_file - first)
+                features = rng.normal(size=(rows, 32)).astype(np.float32)
                 columns = [*features.T, np.tanh(features @ weights).astype(np.float32)]
                 writer.write_table(pa.table([np.ascontiguousarray(c) for c in columns], schema=schema))
 
@@ -133,12 +137,49 @@ def run_contender(name: str, spec: Spec) -> float:
 
 
 def _output(command: list[str]) -> str:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with _running(command, stdout=out, stderr=err) as process:
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        if process.returncode:
+            said = err.read().decode(errors="replace")[-3000:]
+            raise click.ClickException(f"{' '.join(command[:3])} failed:\n{said}")
+        return out.read().decode()
+
+
+@contextmanager
+def _running(command: list[str], **files: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a session of its own. Left early (Ctrl-C), it is asked to end, and what it started goes with it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TRAIN_V2_ENABLED": "1"}
     environment.pop("RAY_ADDRESS", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(f"{' '.join(command[:3])} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **files)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes], grace_s: float = 20.0) -> None:
+    """Interrupt, wait, then kill the process and what is left of its descendants."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        family = []
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    _, alive = psutil.wait_procs(family, timeout=3)
+    for child in alive:  # by process object: psutil checks that the id was not reused
+        try:
+            child.kill()
+        except psutil.Error:
+            continue
+    psutil.wait_procs(alive, timeout=3)
 
 
 def compare(models: list[str], only: list[str], seconds: float, repeats: int) -> dict[str, Any]:
@@ -179,33 +220,35 @@ def show(rates: dict[str, Any]) -> None:
         console.print(table)
 
 
-def measure_memory(seconds: float) -> None:
-    """A worker's peak resident memory on 1 and 10 million rows, over the same number of steps."""
+def measure_memory(seconds: float) -> dict[str, int]:
+    """A worker's peak resident memory on 1 and on 10 million rows: two passes over the one, one over the other."""
     peaks = {}
-    for rows in (1_000_000, 10_000_000):
+    for rows, passes in ((1_000_000, 2), (10_000_000, 1)):
         folder = DATA / f"memory-{rows}"
-        ensure(folder, lambda partial, rows=rows: make_column_rows(partial, rows))
+        ensure(folder, lambda partial, rows=rows: make_column_rows(partial, rows, num_files=2))
         spec = replace(MODELS["mlp32"], folder=str(folder.absolute()), seconds=seconds)
-        peaks[rows] = peak_of_worker(spec, num_steps=rows // (spec.batch_size * spec.num_workers) + 100)
+        num_steps = passes * -(-rows // (spec.batch_size * spec.num_workers)) + 100
+        peaks[rows] = peak_of_worker(spec, num_steps)
         click.echo(f"{rows:,} rows: {peaks[rows] / 2**20:,.1f} MiB", err=True)
     ratio = peaks[10_000_000] / peaks[1_000_000]
     click.echo(f"peak memory of a worker: 10 million rows take {ratio:.3f} of what 1 million take (goal: at most 1.10)")
+    return {str(rows): peak for rows, peak in peaks.items()}
 
 
 def peak_of_worker(spec: Spec, num_steps: int) -> int:
     """The largest resident size (bytes) of any worker process during a run, in which every row is read."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as err:
         command = [sys.executable, "-m", "distrain.cli", "train", str(job(spec, Path(folder), num_steps)), "--json"]
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        said: list[bytes] = []
-        threading.Thread(target=lambda: said.append(process.stderr.read()), daemon=True).start()  # type: ignore[union-attr]
         peak = 0
-        while process.poll() is None:
-            peak = max([peak, *_worker_sizes(process.pid)])
-            time.sleep(0.1)
-    if process.returncode:
-        raise click.ClickException(f"the run failed:\n{b''.join(said).decode()[-2000:]}")
+        with _running(command, stdout=subprocess.DEVNULL, stderr=err) as process:
+            while process.poll() is None:
+                peak = max([peak, *_worker_sizes(process.pid)])
+                time.sleep(0.1)
+        err.seek(0)
+        if process.returncode:
+            raise click.ClickException(f"the run failed:\n{err.read().decode(errors='replace')[-2000:]}")
+    if not peak:
+        raise click.ClickException("the run had no worker process to measure")
     return peak
 
 
@@ -229,7 +272,7 @@ def _worker_sizes(pid: int) -> list[int]:
 def main(model: str, only: str, seconds: float, repeats: int, memory: bool) -> None:
     """Measure distrain beside its peers on this machine."""
     if memory:
-        measure_memory(seconds)
+        Path("benchmark-memory.json").write_text(json.dumps(measure_memory(seconds), indent=1))
         return
     names = only.split(",")
     unknown = [name for name in names if name not in CONTENDERS]
