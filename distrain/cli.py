@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from distrain.errors import ConfigError, DistrainError
 
 if TYPE_CHECKING:
     from distrain.config import TrainConfig
+
+_BEGAN = time.time()
 
 # Imports of what a verb needs stand inside it: --help and config must not wait for torch, Ray and MLflow.
 
@@ -75,7 +78,7 @@ def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer(loaded, make_progress()).fit().to_json(), as_json)
+    _print_result(Trainer(loaded, make_progress(), began=_BEGAN).fit().to_json(), as_json)
 
 
 @main.command()
@@ -92,7 +95,7 @@ def resume(run: str, overrides: tuple[str, ...], root: str, as_json: bool) -> No
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer.resume(run, overrides, make_progress(), root).fit().to_json(), as_json)
+    _print_result(Trainer.resume(run, overrides, make_progress(), root, _BEGAN).fit().to_json(), as_json)
 
 
 @main.command()

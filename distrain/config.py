@@ -18,17 +18,26 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from distrain import config_file
 from distrain.errors import ConfigError
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@")
+_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^/\s]*@")
 _REFERENCE = re.compile(r"[\w.]+:\w+")
 
 
 def _number(value: Any) -> Any:
     """PyYAML reads 1e-3 as a string (YAML 1.1 wants 1.0e-3)."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}")
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
             return value
+    return value
+
+
+def _integer(value: Any) -> Any:
+    """pydantic takes true as 1, and YAML reads yes as true."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected an integer, got {str(value).lower()}")
     return value
 
 
@@ -41,7 +50,7 @@ def _reference(value: str) -> str:
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_integer), Field(ge=1)]
 Reference = Annotated[str, AfterValidator(_reference)]
 Paths = str | Annotated[list[str], Field(min_length=1)]
 
@@ -79,7 +88,9 @@ class _OpenSection(_Section):
 
 
 def _numbers(value: Any) -> Any:
-    return [_number(item) for item in value] if isinstance(value, list) else _number(value)
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return value if isinstance(value, bool) else _number(value)
 
 
 class DataConfig(_Section):
@@ -163,7 +174,9 @@ class ScheduleConfig(_OpenSection):
     """Any schedule of torch.optim.lr_scheduler, stepped after each update; further keys are its own keywords."""
 
     name: str | None = Field(None, description="A class of torch.optim.lr_scheduler; null: constant after the warm-up")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps in which the rate rises linearly first")
+    warmup_steps: Annotated[int, BeforeValidator(_integer), Field(ge=0)] = Field(
+        0, description="Steps in which the rate rises linearly first"
+    )
 
 
 class ClipConfig(_Section):
@@ -271,7 +284,9 @@ class TrainConfig(_Section):
     max_steps: Count | None = Field(None, description="End after so many steps, if that is sooner")
     shards: Count | None = Field(None, description="Equal spans of an epoch's rows; decides the weights' bits, unlike "
                                  "the worker count. null: workers.count")  # fmt: skip
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Of initial weights, shuffling and dropout")
+    seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = Field(
+        0, description="Of initial weights, shuffling and dropout"
+    )
     workers: WorkersConfig = Field(WorkersConfig(), description="Who computes gradients")
     server: ServerConfig = Field(ServerConfig(), description="Who averages and updates")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is kept on disk")

@@ -39,11 +39,11 @@ class Document:
         """Apply one `dotted.key=value`. Returns the problems."""
         name, equals, value = text.partition("=")
         key: Key = tuple(part for part in name.strip().split("."))
-        if not equals or not all(key):
+        if not equals or not all(key) or "[" in name:
             return [f'override "{text}": write it as dotted.key=value, such as optimizer.lr=0.01']
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
             return [f'override "{text}": {value!r} is not a YAML value: {_problem(error)}']
         section = self.values
         for part in key[:-1]:
@@ -81,7 +81,7 @@ def read(path: str | Path) -> Document:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{name}{line}: not valid YAML: {_problem(error)}") from error
@@ -100,7 +100,7 @@ def _names(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: yaml.YAMLError | ValueError) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
@@ -146,15 +146,11 @@ def _key(loc: tuple[Any, ...], model: Any) -> Key:
             key.append(part)
             continue
         fields = getattr(current, "model_fields", None)
-        if fields is None or (part not in fields and _is_member(part)):
+        if fields is None:
             continue
         key.append(part)
         current = _section(fields[part].annotation) if part in fields else None
     return tuple(key)
-
-
-def _is_member(part: str) -> bool:
-    return part in ("str", "int", "float", "bool", "none") or "[" in part or part.startswith(("list", "constrained"))
 
 
 def _section(annotation: Any) -> Any:
@@ -174,6 +170,8 @@ def _kinds(problems: list[dict[str, Any]]) -> str:
 def _words(problem: dict[str, Any], key: Key, model: Any) -> str:
     kind, context, got = problem["type"], problem.get("ctx", {}), _quoted(problem["input"])
     match kind:
+        case "invalid_key":
+            return f"a key must be a text, got {got}{_yaml_bool(problem['input'])}"
         case "extra_forbidden":
             return f"no such key{_did_you_mean(key, model)}"
         case "missing":

@@ -15,7 +15,7 @@ def load_object(reference: str, key: str) -> Any:
     Raises ConfigError naming the key when module or name is missing; what the module itself raises passes through.
     """
     module_name, colon, name = reference.partition(":")
-    if not (module_name and colon and name):
+    if not (module_name and colon and name) or module_name.startswith("."):
         raise ConfigError(f'{key}: {reference!r} is not of the form "module:function"')
     try:
         module = importlib.import_module(module_name)

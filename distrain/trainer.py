@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -66,7 +65,8 @@ class Result:
 class Trainer:
     """Runs one training on a Ray cluster: `Trainer(TrainConfig(...)).fit()`.
 
-    `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from.
+    `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from. `began` is the Unix
+    time in seconds from which the result counts (default: now); the command line gives its own start.
     """
 
     def __init__(
@@ -74,8 +74,10 @@ class Trainer:
         config: TrainConfig,
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
+        began: float | None = None,
     ) -> None:
         self.config = config
+        self._began = time.time() if began is None else began
         self._progress = progress or SilentProgress()
         self._checkpoint = checkpoint
         self._stop_reason: str | None = None
@@ -88,7 +90,12 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, reference: str, overrides: Sequence[str] = (), progress: Progress | None = None, root: str = "checkpoints"
+        cls,
+        reference: str,
+        overrides: Sequence[str] = (),
+        progress: Progress | None = None,
+        root: str = "checkpoints",
+        began: float | None = None,
     ) -> Trainer:
         """Go on from a checkpoint: a checkpoint's folder, a run's folder, its name, or its MLflow run id.
 
@@ -99,7 +106,7 @@ class Trainer:
         before = checkpoint.manifest["config"]
         config = TrainConfig.from_mapping(before, overrides)
         check_resumable(checkpoint.manifest, config.to_mapping(), {})
-        return cls(config, progress, checkpoint)
+        return cls(config, progress, checkpoint, began)
 
     def stop(self, reason: str = "asked to stop") -> None:
         """Finish the step in flight, write a checkpoint, and end. May be called from any thread."""
@@ -115,7 +122,7 @@ class Trainer:
         try:
             with StopSignals(lambda: self.stop("stopped by a signal")) as signals:
                 result = self._fit(signals)
-            result = replace(result, seconds={**result.seconds, "total": _seconds_since_process_start()})
+            result = replace(result, seconds={**result.seconds, "total": time.time() - self._began})
             self._progress.finished(result)
         finally:
             self._progress.close()
@@ -393,7 +400,7 @@ class Trainer:
         path = writer.last or (self._checkpoint.path if self._checkpoint is not None else None)
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
             self._log_model(load(path), preparation, tracker)
-        startup = outcome.first_step_ms / 1000 - psutil.Process().create_time() if outcome.first_step_ms else math.nan
+        startup = outcome.first_step_ms / 1000 - self._began if outcome.first_step_ms else math.nan
         return Result(
             run_id=tracker.wait_ready(),
             run_name=self.run_name,
@@ -480,7 +487,3 @@ def _get(ref: Any) -> Any:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _seconds_since_process_start() -> float:
-    return time.time() - psutil.Process().create_time()

@@ -47,6 +47,16 @@ def is_number_list(kind: pa.DataType) -> bool:
     return bool(is_list) and is_number(kind.value_type)
 
 
+def type_name(kind: pa.DataType) -> str:
+    """A type as text. What writers differ in, the name and nullability of a list's element, is left out."""
+    field = pa.field("element", kind.value_type) if is_number_list(kind) else None
+    if field is None:
+        return str(kind)
+    if pa.types.is_fixed_size_list(kind):
+        return str(pa.list_(field, kind.list_size))
+    return str(pa.large_list(field) if pa.types.is_large_list(kind) else pa.list_(field))
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns are read, and how they become tensors.

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cached_property
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distrain.config import DataConfig
-from distrain.data.columns import Batch, Columns, Location, is_number, is_number_list
+from distrain.data.columns import Batch, Columns, Location, is_number, is_number_list, type_name
 from distrain.data.files import filesystem, find_files
 from distrain.errors import DataError
 
@@ -161,7 +162,7 @@ def open_dataset(
     label = columns.labels[0] if len(columns.labels) == 1 and columns.label_is_integer else None
     files = tuple(DataFile(path, size, footer.num_rows) for (path, size), footer in zip(found, footers, strict=True))
     groups = tuple(
-        _row_group(number, footer, index, columns, label)
+        _row_group(number, files[number].path, footer, index, columns, label)
         for number, footer in enumerate(footers)
         for index in range(footer.num_row_groups)
     )
@@ -211,10 +212,12 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
     elif is_list:
         fixed = pa.types.is_fixed_size_list(kinds[features[0]])
         width = kinds[features[0]].list_size if fixed else None
+        if width == 0:
+            raise DataError(f"{path}: column {features[0]!r} is {kinds[features[0]]}: its lists hold no values")
     return Columns(
         features=features,
         labels=labels,
-        types=tuple((name, str(kind)) for name, kind in kinds.items()),
+        types=tuple((name, type_name(kind)) for name, kind in kinds.items()),
         num_features=width,
         feature_list=is_list,
         label_is_integer=len(labels) == 1 and with_labels and bool(pa.types.is_integer(kinds[labels[0]])),
@@ -259,12 +262,14 @@ def _compare(path: str, schema: pa.Schema, types: dict[str, str], wanted: tuple[
     """Every file must have the columns, with the first file's types: pyarrow would fill in nulls or cast."""
     for name in wanted:
         _check_there(schema, name, path, f"as in {first}")
-        kind = str(schema.field(name).type)
+        kind = type_name(schema.field(name).type)
         if kind != types[name]:
             raise DataError(f"{path}: column {name!r} is {kind}, and {types[name]} in {first}")
 
 
-def _row_group(file: int, footer: pq.FileMetaData, index: int, columns: Columns, label: str | None) -> RowGroup:
+def _row_group(
+    file: int, path: str, footer: pq.FileMetaData, index: int, columns: Columns, label: str | None
+) -> RowGroup:
     group = footer.row_group(index)
     num_bytes, low, high = 0, None, None
     wanted = set(columns.read)
@@ -273,6 +278,12 @@ def _row_group(file: int, footer: pq.FileMetaData, index: int, columns: Columns,
         name = column.path_in_schema.split(".")[0]
         if name in wanted or column.path_in_schema in wanted:
             num_bytes += column.total_uncompressed_size
+            is_flat = column.path_in_schema in wanted
+            if column.num_values < group.num_rows or (is_flat and column.num_values > group.num_rows):
+                raise DataError(
+                    f"{Location(path, index)}, column {name!r}: the footer says {group.num_rows} rows, and "
+                    f"{column.num_values} values: the file is damaged"
+                )
         if column.path_in_schema == label:
             statistics = column.statistics
             if statistics is not None and statistics.has_min_max:
@@ -305,10 +316,15 @@ def _fingerprint(files: tuple[DataFile, ...], groups: tuple[RowGroup, ...], colu
     """SHA-256 over names, sizes and rows of the files and the columns read: the same rows in the same order."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.path.partition('?')[0].rsplit('/', 1)[-1]} {file.size_bytes} {file.num_rows}\n".encode())
+        digest.update(f"{_name(file.path)} {file.size_bytes} {file.num_rows}\n".encode())
     digest.update(" ".join(str(group.num_rows) for group in groups).encode())
     digest.update(repr(columns.types).encode())
     return digest.hexdigest()
+
+
+def _name(path: str) -> str:
+    """A file's own name, the same whether it is reached by path or by URI."""
+    return unquote(path.partition("?")[0].rpartition("/")[2]) if "://" in path else path.rpartition("/")[2]
 
 
 def _listed(names: list[str]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -13,6 +15,7 @@ from pyarrow import fs
 from distrain.errors import DataError
 
 _GLOB = frozenset("*?[")
+_URI_SAFE = "/:=@+,;!$&'()*~"
 
 
 def filesystem(source: str) -> tuple[fs.FileSystem, str]:
@@ -34,9 +37,8 @@ def find_files(sources: str | Iterable[str]) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     for source in [sources] if isinstance(sources, str) else sources:
         found += _find(source)
-    paths = [path for path, _ in found]
-    for path in paths:
-        if paths.count(path) > 1:
+    for path, times in Counter(path for path, _ in found).items():
+        if times > 1:
             raise DataError(f"{path}: named more than once; its rows would count twice")
     return found
 
@@ -47,10 +49,11 @@ def _find(source: str) -> list[tuple[str, int]]:
     is_glob = bool(_GLOB & set(base))
     root = _before_glob(base) if is_glob else base
     files, path = filesystem(root + question + query)
-    prefix = root.partition("://")[0] + "://" if "://" in root else ""
+    scheme = root.partition("://")[0] if "://" in root else ""
 
     def uri(found: str) -> str:
-        return prefix + found + question + query
+        # The listing gives names as they are; in a URI, spaces and such stand as %20.
+        return f"{scheme}://{quote(found, safe=_URI_SAFE)}{question}{query}" if scheme else found
 
     try:
         info = files.get_file_info(path)
@@ -63,8 +66,9 @@ def _find(source: str) -> list[tuple[str, int]]:
     except OSError as error:
         raise DataError(f"{source}: cannot be listed: {_first_line(error)}") from error
     if is_glob:
-        pattern = filesystem(base + question + query)[1] if prefix == "" else path.rstrip("/") + base[len(root) :]
-        entries = [entry for entry in entries if _matches(entry.path, pattern)]
+        patterns = [part for part in base.split("/")[_fixed_parts(base) :] if part]
+        inside = len(PurePosixPath(path).parts)
+        entries = [entry for entry in entries if _match(PurePosixPath(entry.path).parts[inside:], patterns)]
         if not entries:
             raise DataError(f"{source}: matches no file")
     else:
@@ -77,17 +81,16 @@ def _find(source: str) -> list[tuple[str, int]]:
 
 def _before_glob(path: str) -> str:
     """The part of a path before the first component with a wildcard."""
-    parts = path.split("/")
-    fixed = next(index for index, part in enumerate(parts) if _GLOB & set(part))
-    return "/".join(parts[:fixed]) or ("/" if path.startswith("/") else ".")
+    return "/".join(path.split("/")[: _fixed_parts(path)]) or ("/" if path.startswith("/") else ".")
 
 
-def _matches(path: str, pattern: str) -> bool:
+def _fixed_parts(path: str) -> int:
+    """How many components come before the first with a wildcard."""
+    return next(index for index, part in enumerate(path.split("/")) if _GLOB & set(part))
+
+
+def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
     """Component by component, so that * does not cross folders; ** does."""
-    return _match(path.split("/"), pattern.split("/"))
-
-
-def _match(parts: list[str], patterns: list[str]) -> bool:
     if not patterns:
         return not parts
     if patterns[0] == "**":

@@ -17,6 +17,7 @@ from distrain.data.plan import Plan, Window
 
 Batch = dict[str, Tensor]
 _Key = tuple[int, int]  # (epoch, window)
+_NICENESS = 19  # the lowest priority
 
 
 class Rows(Protocol):
@@ -80,7 +81,7 @@ class _Loader:
         self._next: _Key = (0, 0)  # what the thread loads next, or is loading
         self._buffers: list[Batch] = [{}, {}]  # free ones
         self._sought = 0  # counts seeks: a window loaded before the last one is dropped
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -122,8 +123,9 @@ class _Loader:
         self._changed.notify_all()
 
     def _run(self) -> None:
-        with suppress(OSError):  # gives way to the computation where cores are short
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 4)
+        # Where cores are short, the reader takes the time in which the computation waits for the others.
+        with suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._changed:
                 while not self._closed and (self._error is not None or not self._buffers):
@@ -133,12 +135,12 @@ class _Loader:
                     return
                 (epoch, index), sought, buffer = self._next, self._sought, self._buffers.pop()
             windows = self._plan.windows(epoch, self._shard)
-            error: Exception | None = None
+            error: BaseException | None = None
             try:
                 rows = self._stream.fill(buffer, windows, index)
                 order = torch.from_numpy(self._plan.order(epoch, self._shard, windows[index]))
                 loaded = _Loaded(buffer, rows, order)
-            except Exception as raised:
+            except BaseException as raised:  # SystemExit of a transform too: a dead thread would never answer
                 error = raised
             with self._changed:
                 if sought != self._sought or error is not None:
@@ -163,6 +165,13 @@ class _Stream:
 
     def fill(self, buffer: Batch, windows: tuple[Window, ...], index: int) -> Batch:
         """Copy the rows of a window into `buffer`, enlarged where needed. Returns them: tensors [num_rows, ...]."""
+        try:
+            return self._fill(buffer, windows, index)
+        except BaseException:
+            self.close()  # what is open is of no more use: the next window opens its own
+            raise
+
+    def _fill(self, buffer: Batch, windows: tuple[Window, ...], index: int) -> Batch:
         filled = 0
         rows = windows[index].num_rows
         view: Batch = {}

@@ -8,6 +8,8 @@ from torch import Tensor
 from distrain.config import LossConfig
 from distrain.learning.losses import align
 
+_LEAST_SPREAD = 1e-13  # of the sum of squares: rounding alone gives less
+
 
 class Metrics:
     """The metrics that go with a loss: accuracy for classification, mean absolute error and R^2 for regression.
@@ -43,12 +45,12 @@ class Metrics:
 
     def combine(self, sums: list[float]) -> dict[str, float]:
         """The metrics over everything that was summed. R^2 = 1 - sum of squared errors / sum of squares about the
-        mean; left out where the label is constant."""
+        mean; left out where the label is constant, as far as sums in float64 can tell."""
         if self._loss in ("cross_entropy", "binary_cross_entropy"):
             return {"accuracy": sums[0] / sums[1]}
         if self._loss == "mse":
             absolute, squared, total, squares, count = sums
             spread = squares - total * total / count
             metrics = {"mean_absolute_error": absolute / count}
-            return {**metrics, "r2": 1.0 - squared / spread} if spread > 0 else metrics
+            return {**metrics, "r2": 1.0 - squared / spread} if spread > _LEAST_SPREAD * squares else metrics
         return {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
 from distrain.errors import DivergenceError
 from distrain.exchange.memory import Layout, Published, views
-from distrain.learning.clipping import PIECE, clip_, squared_norm
+from distrain.learning.clipping import PIECE, Norm, clip_
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.schedules import build_schedule
 from distrain.reduction import Partial
@@ -53,6 +53,11 @@ class ParameterServer:
         for parameter, view in zip(model.parameters(), views(self._mean, self.layout.parameters), strict=True):
             if parameter.requires_grad:
                 parameter.grad = view
+        sizes = [_sizes(self.layout.num_gradients), _sizes(self.layout.num_floats - self.layout.num_gradients)]
+        self._num_gradient_pieces = len(sizes[0])
+        self._sizes = sizes[0] + sizes[1]
+        self._pieces = self._mean.split(self._sizes)
+        self._norm = Norm()
         self._clip = clip
         self.optimizer = build_optimizer(model, optimizer)
         self.schedule = build_schedule(self.optimizer, schedule)
@@ -87,16 +92,15 @@ class ParameterServer:
 
         In pieces that stay in the cache: memory, not arithmetic, is what an update waits for.
         """
-        squares = 0.0
-        for start in range(0, self.layout.num_floats, PIECE):
-            piece = slice(start, start + PIECE)
-            mean = self._mean[piece]
-            if len(sums) == 2:
-                torch.add(sums[0][piece], sums[1][piece], out=mean).mul_(1.0 / samples)
+        pieces = zip(self._pieces, *(vector.split(self._sizes) for vector in sums), strict=True)
+        for number, (mean, *parts) in enumerate(pieces):
+            if len(parts) == 2:
+                torch.add(parts[0], parts[1], out=mean).mul_(1.0 / samples)
             else:
-                torch.mul(sums[0][piece], 1.0 / samples, out=mean)
-            squares += squared_norm(self._gradients[piece])
-        return math.sqrt(squares)
+                torch.mul(parts[0], 1.0 / samples, out=mean)
+            if number < self._num_gradient_pieces:
+                self._norm.add(mean)
+        return self._norm.take()
 
     def _update_buffers(self) -> None:
         """Add the buffers' mean changes. A constant buffer changes by exactly 0 and keeps its bits."""
@@ -122,3 +126,8 @@ class ParameterServer:
         with torch.no_grad():
             self.model.load_state_dict(tensors)
         self.published.store_buffers(self.model)
+
+
+def _sizes(count: int) -> list[int]:
+    """The lengths of the pieces in which so many values are averaged."""
+    return [min(PIECE, count - start) for start in range(0, count, PIECE)]
