@@ -62,6 +62,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A checkpoint on disk as `survey` sees it. `problem` is None where every byte is as it was written."""
+
+    path: Path
+    step: int
+    num_bytes: int
+    epoch: int | None = None
+    created: str | None = None  # ISO 8601
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    is_best: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Found:
     """A valid checkpoint, and why newer ones were passed over (one line each)."""
 
@@ -232,6 +246,35 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
+def survey(folder: str | Path) -> list[Listed]:
+    """Verify every checkpoint of a run, or of all runs in a folder. Newest first within each run.
+
+    Raises CheckpointError where there is none.
+    """
+    folder = Path(folder)
+    runs = [folder] if _checkpoints(folder) else _runs(folder)
+    if not runs:
+        raise CheckpointError(f"{folder}: holds no checkpoints, neither of a run nor of several")
+    return [_listed(path) for run in runs for path in _checkpoints(run)]
+
+
+def prune(run: str | Path, keep: int) -> list[Path]:
+    """Remove all but a run's last `keep` good checkpoints and its best one. Damaged ones are left for a person to see.
+
+    Returns what was removed. Raises CheckpointError where the folder is not a run's, or `keep` is 0.
+    """
+    run = Path(run)
+    if not _checkpoints(run):
+        raise CheckpointError(f"{run}: not the folder of a run's checkpoints")
+    if keep < 1:
+        raise CheckpointError(f"keep is {keep}: at least 1 checkpoint has to be kept")
+    good = [entry for entry in survey(run) if entry.problem is None]
+    gone = [entry.path for entry in good[keep:] if not entry.is_best]
+    for path in gone:
+        remove_folder(path)
+    return gone
+
+
 def check_resumable(
     manifest: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str | None]
 ) -> None:
@@ -269,6 +312,22 @@ def _best(run: Path) -> Found:
         raise CheckpointError(f"{run}: no best checkpoint is marked in it, since no validation was done") from None
     verify(path)
     return Found(path)
+
+
+def _listed(path: Path) -> Listed:
+    match = _STEP.search(path.name)
+    step = int(match[1]) if match else -1
+    num_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    try:
+        manifest = verify(path)
+    except CheckpointError as error:
+        return Listed(path, step, num_bytes, problem=error.message)
+    try:
+        best = json.loads((path.parent / BEST).read_bytes())["checkpoint"]
+    except (OSError, ValueError, TypeError, KeyError):
+        best = None
+    epoch, created, metrics = manifest["epoch"], manifest["created"], manifest["metrics"]
+    return Listed(path, step, num_bytes, epoch, created, metrics, best == path.name)
 
 
 def _in_folder(path: Path) -> Found:

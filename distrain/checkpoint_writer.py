@@ -36,7 +36,6 @@ class CheckpointWriter:
         self._woken = threading.Event()
         self._closing = False
         self._broken: Exception | None = None
-        self.last: Path | None = None
         self.last_error: CheckpointError | None = None
         self._thread = threading.Thread(target=self._run, name="distrain-checkpoints", daemon=True)
         self._thread.start()
@@ -72,5 +71,5 @@ class CheckpointWriter:
             self.last_error = error
             self._failed(snapshot.step, error)
         else:
-            self.last, self.last_error = path, None
+            self.last_error = None
             self._written(snapshot.step, path)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ _BEGAN = time.time()
 # Imports of what a verb needs stand inside it: --help and config must not wait for torch, Ray and MLflow.
 
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+_BATCH_SIZE = click.option("--batch-size", type=click.IntRange(min=1), help="Rows at a time (default: the run's).")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last, on standard output.")
 
 
@@ -134,16 +136,17 @@ def config(config: Path | None, overrides: tuple[str, ...], schema: bool) -> Non
 @main.command()
 @click.argument("checkpoint", metavar="RUN|CHECKPOINT")
 @click.argument("data", required=False)
+@_BATCH_SIZE
 @click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
 @_JSON
-def evaluate(checkpoint: str, data: str | None, root: str, as_json: bool) -> None:
+def evaluate(checkpoint: str, data: str | None, batch_size: int | None, root: str, as_json: bool) -> None:
     """Measure a checkpoint's model on Parquet DATA (default: the run's validation rows).
 
     distrain evaluate checkpoints/my-run/best held-out/
     """
     from distrain.inference import evaluate as measure
 
-    metrics = measure(checkpoint, data, root=root)
+    metrics = measure(checkpoint, data, batch_size, root)
     if as_json:
         click.echo(json.dumps(metrics))
     else:
@@ -156,16 +159,45 @@ def evaluate(checkpoint: str, data: str | None, root: str, as_json: bool) -> Non
 @click.argument("data")
 @click.option("--output", "-o", required=True, help="A .parquet file, or a folder for one file for each of DATA.")
 @click.option("--keep", default="", help="Columns of DATA to copy beside the predictions: id,name")
+@click.option("--probabilities", is_flag=True, help="Write each class's probability too.")
+@_BATCH_SIZE
 @click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
-def predict(checkpoint: str, data: str, output: str, keep: str, root: str) -> None:
+def predict(
+    checkpoint: str, data: str, output: str, keep: str, probabilities: bool, batch_size: int | None, root: str
+) -> None:
     """Predict for each row of Parquet DATA with a checkpoint's model, in order.
 
     distrain predict checkpoints/my-run/best new-rows/ --output predictions.parquet --keep id
     """
     from distrain.inference import predict as infer
 
-    for path in infer(checkpoint, data, output, [name for name in keep.split(",") if name], root=root):
+    columns = [name for name in keep.split(",") if name]
+    for path in infer(checkpoint, data, output, columns, probabilities, batch_size, root):
         click.echo(path)
+
+
+@main.command()
+@click.argument("folder", default="checkpoints", type=click.Path(path_type=Path))
+@click.option("--prune", "keep", type=click.IntRange(min=1), metavar="N", help="Keep only the last N and the best.")
+@_JSON
+def checkpoints(folder: Path, keep: int | None, as_json: bool) -> None:
+    """List and verify the checkpoints in FOLDER, of one run or of all.
+
+    Exit code 1 where one of them is damaged. With --prune FOLDER has to be a run's.
+    """
+    from distrain.checkpoint import prune, survey
+    from distrain.progress import show_checkpoints
+
+    if keep is not None:
+        for path in prune(folder, keep):
+            click.echo(f"removed {path}", err=True)
+    listed = survey(folder)
+    if as_json:
+        click.echo(json.dumps([{**asdict(entry), "path": str(entry.path)} for entry in listed]))
+    else:
+        show_checkpoints(listed)
+    if any(entry.problem is not None for entry in listed):
+        raise click.exceptions.Exit(1)
 
 
 @main.command()

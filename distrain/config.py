@@ -219,7 +219,10 @@ class CheckpointConfig(_Section):
 
     dir: str = Field("checkpoints", description="Folder; each run has one of its own in it")
     every_steps: Count | None = Field(500, description="Steps between checkpoints, beside each epoch's end; null: none")
+    every_seconds: Positive | None = Field(None, description="Seconds between checkpoints, beside those; null: none")
     keep: Count = Field(3, description="The last so many are kept, and the best")
+    history: bool = Field(False, description="Keep a history.jsonl of every step, shard and restore beside them, "
+                          "for python -m distrain.history to check")  # fmt: skip
 
 
 class TrackingConfig(_Section):

@@ -52,6 +52,10 @@ class TrainingError(DistrainError):
     exit_code = 1
 
 
+class ServerLost(TrainingError):
+    """The parameter server's process is gone. A run goes on from its last checkpoint."""
+
+
 class ClusterError(DistrainError):
     """The Ray cluster is out of reach or too small."""
 

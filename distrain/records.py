@@ -24,6 +24,7 @@ class StepRecord:
     update_s: float  # average, clip, optimizer
     step_s: float
     workers: int
+    taken: tuple[tuple[int, int, int], ...] = ()  # (incarnation, first shard, stop), as the ledger took them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,11 @@ class Event:
     """Something a person should hear about: a worker joined or was lost, a push was refused, a run stopped early."""
 
     time_ms: int
-    kind: str  # joined, lost, refused, checkpoint, stopped
+    kind: str  # joined, lost, recovered, refused, restored, checkpoint, stopped
     message: str
     step: int = 0
     rank: int = -1  # the worker concerned
+    seconds: float | None = None  # recovered: from the loss to a whole step
 
 
 @dataclass(frozen=True, slots=True)

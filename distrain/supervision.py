@@ -1,4 +1,4 @@
-"""What to do when a worker ends. Pure: decisions only, the trainer carries them out."""
+"""What to do when a worker or the server ends. Pure: decisions only, the crew carries them out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ _MAX_FAILED_STARTS = 5
 _FIRST_BACK_OFF_S = 0.5
 
 
+SERVER = -1  # the server's place
+
+
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Start a new worker in the place of the old one, after a pause."""
+    """Start a new worker (or server) in the place of the old one, after a pause."""
 
     rank: int
     after_s: float
@@ -42,21 +45,33 @@ class _Place:
 
 
 class Supervision:
-    """Decides for each place (rank) whether a worker that ended is replaced.
+    """Decides for each place (rank, or SERVER) whether a worker or server that ended is replaced.
 
-    A worker that took part in at least one whole step is replaced at once, however often that happens. One that ends
-    before that counts as a failed start: the pauses double, and after five in a row the place is given up, or the run
-    if fewer than `min_workers` places would be left.
+    A server is replaced, however often it ends, as long as it gets further each time; after five times in a row without
+    a new step the run ends. A worker that took part in at least one whole step is replaced at once, however often that
+    happens. One that ends before that counts as a failed start: the pauses double, and after five in a row the place is
+    given up, or the run if fewer than `min_workers` places would be left.
     """
 
     def __init__(self, num_workers: int, min_workers: int) -> None:
         self._places = [_Place() for _ in range(num_workers)]
         self._min_workers = min_workers
+        self._server_at, self._server_failures = -1, 0
         self.failures = 0  # workers that ended before the run did
 
     def joined(self, rank: int, step: int) -> None:
         """The worker of this rank joined when the run was at `step`."""
         self._places[rank].joined_at = step
+
+    def server_ended(self, cause: str, step: int) -> Replace | Fail:
+        """The server ended for `cause` (one line) when the furthest step that it had reported was `step`."""
+        self._server_failures = 1 if step > self._server_at else self._server_failures + 1
+        self._server_at = step
+        for place in self._places:  # its workers end with it, which is not their failure
+            place.joined_at = None
+        if self._server_failures < _MAX_FAILED_STARTS:
+            return Replace(SERVER, _pause(self._server_failures))
+        return Fail(f"the parameter server died {self._server_failures} times without finishing a step: {cause}")
 
     def ended(self, rank: int, cause: str, step: int) -> Decision:
         """The worker of this rank ended for `cause` (one line) when the run was at `step`."""
@@ -66,11 +81,15 @@ class Supervision:
         place.joined_at = None
         place.failed_starts = 0 if settled else place.failed_starts + 1
         if place.failed_starts < _MAX_FAILED_STARTS:
-            pause = _FIRST_BACK_OFF_S * 2 ** (place.failed_starts - 2) if place.failed_starts > 1 else 0.0
-            return Replace(rank, pause)
+            return Replace(rank, _pause(place.failed_starts))
         place.empty = True
         left = sum(not place.empty for place in self._places)
         message = f"worker {rank} failed {place.failed_starts} times in a row before finishing a step: {cause}"
         if left >= self._min_workers and left > 0:
             return GiveUp(rank, f"{message}; going on with {left}")
         return Fail(f"{message}; workers.min is {self._min_workers}, and {left} would be left")
+
+
+def _pause(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return _FIRST_BACK_OFF_S * 2.0 ** (failures - 2) if failures > 1 else 0.0

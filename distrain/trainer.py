@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
+from distrain.actors import Restored, RunSpec, UpdateSpec
 from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
-from distrain.errors import CheckpointError, ClusterError, DistrainError, Interrupted, TrackingError, TrainingError
+from distrain.crew import Crew, worker_threads
+from distrain.errors import CheckpointError, Interrupted, ServerLost, TrackingError
+from distrain.history import History
 from distrain.learning.model_state import restore_model
 from distrain.learning.task import build_task
 from distrain.placement import Cluster, Placement
@@ -30,10 +30,7 @@ from distrain.records import Event, Report
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.stopping import HIGHER_IS_BETTER
 from distrain.signals import SIGNALS, StopSignals
-from distrain.supervision import Fail, GiveUp, Replace, Supervision
 from distrain.tracking import DatasetDescription, ModelInput, RunDescription, Tracker, check_reachable, make_tracker
-
-_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,14 @@ class Trainer:
         self._progress = progress or SilentProgress()
         self._checkpoint = checkpoint
         self._stop_reason: str | None = None
-        self._worker_refs: dict[Any, int] = {}  # the call under way on each worker -> its rank
-        self._workers: dict[int, Any] = {}
-        self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
-        self._supervision = Supervision(config.workers.count, config.workers.min)
-        self._step = checkpoint.manifest["step"] if checkpoint is not None else 0
+        self._step = checkpoint.manifest["step"] if checkpoint is not None else 0  # the furthest one told of
+        self._validated_step = self._step
+        self._samples = 0
+        self._first_step_ms = 0  # Unix time of this run's first update
+        self._written = checkpoint.path if checkpoint is not None else None  # the last checkpoint
+        self._lost_at: float | None = None  # Unix seconds: a server died, and its steps are not all done again
+        self._lost_servers = 0
+        self._history: History | None = None
         self.run_name = self._run_name()
 
     @classmethod
@@ -138,6 +138,7 @@ class Trainer:
         preparation = prepare(config)
         if self._checkpoint is not None:
             check_resumable(self._checkpoint.manifest, config.to_mapping(), preparation.fingerprints)
+            self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
         steps = config.epochs * preparation.train.plan.steps_per_epoch
@@ -164,6 +165,17 @@ class Trainer:
             cluster.close()
         return result
 
+    def _note_other_bits(self, checkpoint: Checkpoint) -> None:
+        """Say where the weights will not be the same to the bit as those of the run without the break."""
+        now = _what_bits_depend_on(self.config)
+        for key, before in checkpoint.manifest["torch"].items():
+            if before != now.get(key, before):
+                name = key.replace("_", " ")
+                self._progress.note(
+                    f"torch's {name} is {now[key]}, and was {before} before the break: from here on the weights differ "
+                    "in their last bits from those of a run without it"
+                )
+
     def _train(self, preparation: Preparation, cluster: Cluster, tracker: Tracker) -> Result:
         self._progress.phase("starting workers")
         if cluster.resources.shared_cores:
@@ -174,94 +186,87 @@ class Trainer:
         run = RunSpec(
             preparation.task, preparation.train, preparation.validation, secrets.token_hex(32), (os.getcwd(),)
         )
-        server = ray.remote(ServerActor).options(
-            num_cpus=0, max_concurrency=4, max_restarts=0, scheduling_strategy=placement.for_server()
-        ).remote()  # fmt: skip
-        ready = server.prepare.remote(run, self._update_spec(placement), self._restored())
-        start = _WorkerStarter(placement, run, ready, self.config.workers.cpus)
-        for rank in range(self.config.workers.count):
-            self._start_worker(rank, start)
-        num_parameters = self._await_server(ready).num_parameters
-        self._progress.started(self._run_info(preparation, num_parameters))
-        writer = self._checkpoint_writer(preparation, server, tracker)
-        running = server.run.remote()
-        try:
-            outcome = self._supervise(server, running, start, writer, tracker)
-        finally:
-            writer.close()
-        self._report(_get(server.poll.remote()), writer, tracker)
+        if self.config.checkpoint.history:
+            plan = preparation.train.plan
+            path = self._folder / "history.jsonl"
+            self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step)
+        crew = Crew(placement, run, self._update_spec(placement), self.config.workers, self._progress.note)
+        restored = self._restored(self._checkpoint)
+        while True:
+            try:
+                crew.start(restored)
+                ready = crew.await_server(lambda: self._stop_reason is not None)
+                if ready is None:
+                    raise _StoppedEarly
+                if not self._lost_servers:
+                    self._progress.started(self._run_info(preparation, ready.num_parameters))
+                writer = self._checkpoint_writer(preparation, crew, tracker)
+                outcome = self._watch(crew, writer, tracker)
+                break
+            except ServerLost as lost:
+                self._lost_servers += 1
+                self._lost_at = self._lost_at or time.time()
+                crew.dismiss(lost, self._step)
+                restored = self._go_back(lost, tracker)
         if writer.last_error is not None:
             raise writer.last_error
-        return self._finish(outcome, preparation, writer, tracker)
+        return self._finish(outcome, crew, preparation, tracker)
 
-    def _supervise(
-        self, server: Any, running: Any, start: _WorkerStarter, writer: CheckpointWriter, tracker: Tracker
-    ) -> Outcome:
-        """Watch over server and workers until the run is over. No Ray call belongs to a step."""
-        stop_sent = False
-        while True:
-            done, _ = ray.wait([running, *self._worker_refs], timeout=_POLL_SECONDS)
-            if running in done:
-                return _get(running)
-            if self._stop_reason is not None and not stop_sent:
-                server.stop.remote(self._stop_reason)
-                stop_sent = True
-            self._report(_get(server.poll.remote()), writer, tracker)
-            for ref in done:
-                self._worker_ended(ref, server, running)
-            now = time.monotonic()
-            for due in [due for due in self._due if due[0] <= now]:
-                self._due.remove(due)
-                self._start_worker(due[1], start)
-
-    def _start_worker(self, rank: int, start: _WorkerStarter) -> None:
-        self._workers[rank], ref = start(rank)
-        self._worker_refs[ref] = rank
-
-    def _worker_ended(self, ref: Any, server: Any, running: Any) -> None:
-        """Decide what follows on a worker's end, and do it."""
-        rank = self._worker_refs.pop(ref)
+    def _watch(self, crew: Crew, writer: CheckpointWriter, tracker: Tracker) -> Outcome:
+        """Have the crew train, and pass on what it reports, until the run is over."""
+        crew.train()
+        outcome = None
         try:
-            ray.get(ref)
-            return  # told to stop: the run is over
-        except RayTaskError as error:
-            cause: Exception = error.cause
-            if isinstance(cause, DistrainError) and ray.wait([running], timeout=1.0)[0]:
-                return  # it told the server, which ends the run
-        except RayActorError as error:
-            cause = error
-        decision = self._supervision.ended(rank, worker_failure(cause), self._step)
-        match decision:
-            case Replace(after_s=after_s):
-                self._due.append((time.monotonic() + after_s, rank))
-            case GiveUp(message=message):
-                self._progress.note(message)
-            case Fail(message=message):
-                server.abort.remote(TrainingError(message))
+            while outcome is None:
+                outcome = crew.watch(self._stop_reason)
+                self._report(crew.report(), writer, tracker)
+        finally:
+            writer.close()
+        return outcome
 
     def _report(self, report: Report, writer: CheckpointWriter, tracker: Tracker) -> None:
-        """Pass on what the server said."""
-        if report.steps:
-            self._step = report.steps[-1].step
-        for event in report.events:
-            if event.kind == "joined":
-                self._supervision.joined(event.rank, event.step)
-            elif event.kind == "lost" and event.rank in self._workers:
-                ray.kill(self._workers[event.rank])  # it may only hang; a dead one does not mind
+        """Pass on what the server said; steps that a server repeats, which took over from a dead one, were told of."""
+        if self._history is not None:
+            self._history.steps(report.steps)
+        new = Report(
+            [record for record in report.steps if record.step > self._step],
+            [record for record in report.validations if record.step > self._validated_step],
+            report.events,
+        )
+        if new.steps and self._lost_at is not None:
+            seconds, self._lost_at = new.steps[0].time_ms / 1000 - self._lost_at, None
+            message = f"the first new step was done {seconds:.2f} s after the parameter server was lost"
+            new.events.append(Event(_now_ms(), "recovered", message, new.steps[0].step, seconds=seconds))
+        for event in new.events:
             tracker.event(event)
-        for record in report.steps:
+        for record in new.steps:
             tracker.step(record)
-        for validation in report.validations:
+            self._step = record.step
+            self._samples += record.samples
+            self._first_step_ms = self._first_step_ms or record.time_ms
+        for validation in new.validations:
             tracker.validation(validation)
-        self._progress.report(report)
+            self._validated_step = validation.step
+        self._progress.report(new)
         writer.wake()
 
-    def _await_server(self, ready: Any) -> Ready:
-        """The server has built the model, or says what is wrong with it."""
-        while not ray.wait([ready], timeout=_POLL_SECONDS)[0]:
-            if self._stop_reason is not None:
-                raise _StoppedEarly
-        return _get(ready)
+    def _go_back(self, lost: ServerLost, tracker: Tracker) -> Restored | None:
+        """Where the next server goes on: the last good checkpoint, or where this run began."""
+        try:
+            found = CheckpointStore(self._folder).latest()
+        except CheckpointError as error:
+            self._progress.note(error.message)
+            found = None
+        checkpoint = load(found.path) if found is not None else self._checkpoint
+        self._written = checkpoint.path if checkpoint is not None else None
+        restored = self._restored(checkpoint)
+        step = restored.step if restored is not None else 0
+        message = f"{lost.message}; going on from step {step}, {self._step - step} steps before the last one reported"
+        if self._history is not None:
+            self._history.restored(step)
+        self._progress.note(message)
+        tracker.event(Event(_now_ms(), "restored", message, step))
+        return restored
 
     def _update_spec(self, placement: Placement) -> UpdateSpec:
         config = self.config
@@ -269,6 +274,7 @@ class Trainer:
             epochs=config.epochs,
             max_steps=config.max_steps,
             checkpoint_every_steps=config.checkpoint.every_steps,
+            checkpoint_every_s=config.checkpoint.every_seconds,
             validation_every_steps=config.validation.every_steps,
             early_stopping=config.early_stopping,
             convergence=config.convergence,
@@ -286,8 +292,8 @@ class Trainer:
             placement.spans_nodes,
         )
 
-    def _restored(self) -> Restored | None:
-        found = self._checkpoint
+    @staticmethod
+    def _restored(found: Checkpoint | None) -> Restored | None:
         if found is None:
             return None
         return Restored(found.manifest["step"], found.model, found.optimizer, found.manifest["state"])
@@ -302,7 +308,7 @@ class Trainer:
             unique, number = f"{name}-{number}", number + 1
         return unique
 
-    def _checkpoint_writer(self, preparation: Preparation, server: Any, tracker: Tracker) -> CheckpointWriter:
+    def _checkpoint_writer(self, preparation: Preparation, crew: Crew, tracker: Tracker) -> CheckpointWriter:
         config, dataset = self.config, preparation.train.dataset
         metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
         store = CheckpointStore(self._folder, config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER)
@@ -321,17 +327,20 @@ class Trainer:
                 "labels": list(dataset.columns.labels),
                 "num_features": preparation.task.num_features,
                 "num_outputs": preparation.task.num_outputs,
-                "torch": {"version": torch.__version__, "worker_threads": worker_threads(config.workers.cpus)},
+                "torch": _what_bits_depend_on(config),
             }
 
         def written(step: int, path: Path) -> None:
+            self._written = path
+            if self._history is not None:
+                self._history.durable(step)
             tracker.event(Event(_now_ms(), "checkpoint", f"checkpoint {path}", step))
 
         def failed(step: int, error: CheckpointError) -> None:
             tracker.event(Event(_now_ms(), "checkpoint", error.message, step))
             self._progress.note(f"no checkpoint of step {step}: {error.message}")
 
-        return CheckpointWriter(store, lambda: _get(server.take_snapshot.remote()), fields, written, failed)
+        return CheckpointWriter(store, crew.take_snapshot, fields, written, failed)
 
     def _mlflow_run_id(self, tracker: Tracker, step: int) -> str | None:
         """MLflow's id of the run. Checkpoints do not wait for MLflow to open, but the last one, from which a run goes
@@ -395,12 +404,15 @@ class Trainer:
             tracking_uri=config.tracking.uri if config.tracking.enabled else None,
         )
 
-    def _finish(self, outcome: Outcome, preparation: Preparation, writer: CheckpointWriter, tracker: Tracker) -> Result:
+    def _finish(self, outcome: Outcome, crew: Crew, preparation: Preparation, tracker: Tracker) -> Result:
         """Log the model, and put the result together."""
-        path = writer.last or (self._checkpoint.path if self._checkpoint is not None else None)
+        path = self._written
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
             self._log_model(load(path), preparation, tracker)
-        startup = outcome.first_step_ms / 1000 - self._began if outcome.first_step_ms else math.nan
+        startup = self._first_step_ms / 1000 - self._began if self._first_step_ms else math.nan
+        training = outcome.training_s
+        if self._lost_servers and self._first_step_ms:  # their time counts too
+            training = time.time() - self._first_step_ms / 1000
         return Result(
             run_id=tracker.wait_ready(),
             run_name=self.run_name,
@@ -408,15 +420,15 @@ class Trainer:
             reason=outcome.reason,
             epochs=outcome.epoch,
             steps=outcome.step,
-            samples=outcome.samples,
+            samples=self._samples,
             samples_per_second=outcome.samples_per_second,
             train_loss=outcome.train_loss,
             validation=outcome.validation,
             parameters_sha256=outcome.parameters_sha256,
             checkpoint=str(path) if path is not None else None,
             rows_per_epoch=preparation.train.plan.num_rows,
-            worker_failures=self._supervision.failures,
-            seconds={"startup": startup, "training": outcome.training_s, "total": math.nan},
+            worker_failures=crew.failures,
+            seconds={"startup": startup, "training": training, "total": math.nan},
         )
 
     def _log_model(self, checkpoint: Checkpoint, preparation: Preparation, tracker: Tracker) -> None:
@@ -453,36 +465,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-class _WorkerStarter:
-    """Starts workers, the first time and again."""
-
-    def __init__(self, placement: Placement, run: RunSpec, ready: Any, cpus: float) -> None:
-        self._placement, self._run, self._ready, self._cpus = placement, run, ready, cpus
-
-    def __call__(self, rank: int) -> tuple[Any, Any]:
-        """A worker actor for a rank, and its call under way."""
-        actor = ray.remote(WorkerActor).options(
-            num_cpus=self._cpus, max_restarts=0, scheduling_strategy=self._placement.for_worker(rank)
-        ).remote()  # fmt: skip
-        node = self._placement.server_node
-        return actor, actor.run.remote(rank, self._run, self._ready, node, worker_threads(self._cpus))
-
-
-def worker_threads(cpus: float) -> int:
-    """How many threads a worker computes with. Bits of a gradient depend on it."""
-    return max(1, int(cpus))
-
-
-def _get(ref: Any) -> Any:
-    """`ray.get` with errors for people: ours as they are, a dead server as one line."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, DistrainError) else error) from None
-    except RayActorError as error:
-        raise TrainingError(f"the parameter server died: {worker_failure(error)}") from error
-    except RayError as error:
-        raise ClusterError(f"the Ray cluster failed: {error}") from error
+def _what_bits_depend_on(config: TrainConfig) -> dict[str, Any]:
+    """What of torch a gradient's bits depend on."""
+    return {"version": torch.__version__, "worker_threads": worker_threads(config.workers.cpus)}
 
 
 def _now_ms() -> int:

@@ -19,6 +19,7 @@ LAYERS = {
     "distrain.inference": 4,
     "distrain.planning": 4,
     "distrain.actors": 3,
+    "distrain.crew": 4,
     "distrain.placement": 3,
     "distrain.preparation": 3,
     "distrain.worker": 2,
@@ -28,6 +29,7 @@ LAYERS = {
     "distrain.tracking": 2,
     "distrain.progress": 2,
     "distrain.signals": 0,
+    "distrain.history": 1,
     "distrain.data": 1,
     "distrain.learning": 1,
     "distrain.exchange": 1,
@@ -49,7 +51,7 @@ LAYERS = {
 
 # Which modules may import a library, at any depth.
 DOORS = {
-    "ray": ("distrain.trainer", "distrain.placement", "distrain.actors"),
+    "ray": ("distrain.crew", "distrain.placement", "distrain.actors"),
     "mlflow": ("distrain.tracking",),
     "pyarrow": ("distrain.data", "distrain.inference"),
     "socket": ("distrain.exchange",),

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distrain.checkpoint import CheckpointStore, Snapshot, check_resumable, find, load, verify
+from distrain.checkpoint import MODEL, CheckpointStore, Snapshot, check_resumable, find, load, prune, survey, verify
 from distrain.durable import remove_leftovers
 from distrain.errors import CheckpointError
 from distrain.learning.model_state import tensors_to_bytes
@@ -105,7 +105,7 @@ def test_no_password_reaches_the_manifest(store: CheckpointStore) -> None:
 def test_writing_needs_no_torch(tmp_path: Path) -> None:
     code = f"""
         import sys
-        from distrain.checkpoint import CheckpointStore, Snapshot
+        from distrain.checkpoint import MODEL, CheckpointStore, Snapshot
         CheckpointStore({str(tmp_path)!r}).write(Snapshot(1, 0, b"model", b"optimizer", {{}}), {{}})
         assert "torch" not in sys.modules, "torch was imported"
     """
@@ -284,7 +284,7 @@ def test_killed_at_any_moment(store: CheckpointStore, step: int) -> None:
     events = "open", "os.mkdir", "os.rename", "shutil.rmtree", "os.listdir", "os.scandir"
     code = f"""
         import os, sys
-        from distrain.checkpoint import CheckpointStore, Snapshot
+        from distrain.checkpoint import MODEL, CheckpointStore, Snapshot
         seen = 0
         def hook(event, args):
             global seen
@@ -380,3 +380,30 @@ def test_a_lost_checkpoint_folder_is_not_a_crash(store: CheckpointStore) -> None
     shutil.rmtree(path)
     with pytest.raises(CheckpointError, match=r"manifest\.json: missing"):
         verify(path)
+
+
+def test_a_survey_tells_good_best_and_damaged_apart(tmp_path: Path):
+    store = CheckpointStore(tmp_path / "run", keep=5)
+    for step in (10, 20, 30):
+        store.write(snapshot(step, loss=abs(step - 20) + 1.0), FIELDS)
+    (tmp_path / "run" / "step-00000030" / MODEL).write_bytes(b"nothing")
+    found = survey(tmp_path)
+    assert [(entry.step, entry.epoch, entry.is_best) for entry in found] == [
+        (30, None, False), (20, 2, True), (10, 1, False)]  # fmt: skip
+    assert found[0].problem is not None and "damaged: 7 bytes" in found[0].problem
+    assert found[1].problem is None and found[1].metrics == {"loss": 1.0}
+    assert survey(tmp_path / "run") == found
+    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+        survey(tmp_path / "run" / "step-00000010")
+
+
+def test_pruning_keeps_the_last_the_best_and_the_damaged(tmp_path: Path):
+    run = tmp_path / "run"
+    store = CheckpointStore(run, keep=9)
+    for step in (10, 20, 30, 40, 50):
+        store.write(snapshot(step, loss=abs(step - 20) + 1.0), FIELDS)
+    (run / "step-00000010" / MODEL).write_bytes(b"nothing")
+    assert [path.name for path in prune(run, keep=2)] == ["step-00000030"]
+    assert [entry.step for entry in survey(run)] == [50, 40, 20, 10]
+    with pytest.raises(CheckpointError, match="not the folder of a run"):
+        prune(tmp_path, keep=2)

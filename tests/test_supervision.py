@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distrain.supervision import Fail, GiveUp, Replace, Supervision
+from distrain.supervision import SERVER, Fail, GiveUp, Replace, Supervision
 
 
 def test_a_worker_that_took_part_is_replaced_at_once_every_time():
@@ -42,3 +42,17 @@ def test_one_good_life_forgives_failed_starts():
     supervision.joined(0, step=0)
     assert supervision.ended(0, "killed", step=9) == Replace(0, 0.0)
     assert supervision.ended(0, "slow disk", step=9) == Replace(0, 0.0)
+
+
+def test_a_server_that_gets_further_each_time_is_replaced_for_ever():
+    supervision = Supervision(num_workers=2, min_workers=1)
+    for step in range(1, 50):
+        assert supervision.server_ended("killed", step) == Replace(SERVER, 0.0)
+    assert supervision.failures == 0
+
+
+def test_a_server_that_dies_at_the_same_step_again_and_again_ends_the_run():
+    supervision = Supervision(num_workers=2, min_workers=1)
+    decisions = [supervision.server_ended("out of memory", step=7) for _ in range(5)]
+    assert decisions[:4] == [Replace(SERVER, pause) for pause in (0.0, 0.5, 1.0, 2.0)]
+    assert decisions[4] == Fail("the parameter server died 5 times without finishing a step: out of memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from distrain.progress.checkpoints import show_checkpoints
 from distrain.progress.lines import LineProgress
 from distrain.progress.plan import show_plan
 from distrain.progress.protocol import Progress, RunInfo, SilentProgress
@@ -16,6 +17,7 @@ __all__ = [
     "SilentProgress",
     "TerminalProgress",
     "make_progress",
+    "show_checkpoints",
     "show_plan",
 ]
 

@@ -55,6 +55,7 @@ class Ledger:
         self._round = -1
         self._open: set[int] = set()  # shards of the round not taken yet
         self._orphans: set[int] = set()  # open shards that nobody owes
+        self._taken: list[tuple[int, int, int]] = []
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -70,6 +71,11 @@ class Ledger:
     def complete(self) -> bool:
         """Whether every shard of the round in flight has been taken."""
         return not self._open
+
+    @property
+    def taken(self) -> tuple[tuple[int, int, int], ...]:
+        """What was taken in this round: (incarnation, first shard, stop), in order of arrival."""
+        return tuple(self._taken)
 
     def owes(self, incarnation: int) -> bool:
         """Whether this member has shards of the round in flight still to deliver."""
@@ -99,6 +105,7 @@ class Ledger:
         assert round_ > self._round, f"round {round_} is not after {self._round}"
         self._round = round_
         self._open = set(range(self._num_shards))
+        self._taken = []
         if not self._members:
             self._orphans = set(self._open)
             return []
@@ -118,6 +125,7 @@ class Ledger:
             return Verdict.REPEATED if shards.isdisjoint(self._open) else Verdict.NOT_OWED
         member.owed -= shards
         self._open -= shards
+        self._taken.append((incarnation, block.first, block.stop))
         return Verdict.ACCEPTED
 
     def _take_orphans(self) -> list[int]:

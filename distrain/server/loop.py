@@ -38,6 +38,7 @@ class LoopSettings:
     epochs: int
     max_steps: int | None = None
     checkpoint_every_steps: int | None = None
+    checkpoint_every_s: float | None = None
     validation_every_steps: int | None = None
     early_stopping: EarlyStoppingConfig | None = None
     convergence: ConvergenceConfig | None = None
@@ -61,7 +62,6 @@ class Outcome:
     validation: dict[str, float]
     parameters_sha256: str
     training_s: float
-    first_step_ms: int  # Unix time of the first update
     refused_pushes: int
 
 
@@ -87,6 +87,7 @@ class _Round:
     data_s: dict[int, float] = field(default_factory=dict)
     compute_s: dict[int, float] = field(default_factory=dict)
     num_bytes: int = 0
+    lost_at: float | None = None  # time.perf_counter() when a worker that owed shards of it was given up
 
 
 class _Stopped(Exception):
@@ -119,6 +120,7 @@ class Loop:
         self._ledger = Ledger(plan.num_shards)
         self._members: dict[int, _Member] = {}
         self._by_link: dict[SocketLink, _Member] = {}
+        self._fenced: dict[SocketLink, _Member] = {}  # given up for their silence: what they still push is refused
         self._round_number = -1
         self._round: _Round | None = None
         self._stopping = Stopping(settings.early_stopping, settings.convergence)
@@ -126,6 +128,7 @@ class Loop:
         self._abort: DistrainError | None = None
         self.step = 0
         self._last_snapshot = -1
+        self._snapshot_at = time.monotonic()
         self._validation: dict[str, float] = {}
         self._validated_at = -1
         self._last_loss = math.nan
@@ -163,7 +166,6 @@ class Loop:
         first_step = self.step
         samples = timed_samples = 0
         timed_s = 0.0
-        first_step_ms = 0
         status, reason = "finished", "all epochs done"
         self._await_workers()
         start = self._mark = time.perf_counter()
@@ -180,8 +182,6 @@ class Loop:
             if self.step > first_step + 1:
                 timed_samples += record.samples
                 timed_s += record.step_s
-            else:
-                first_step_ms = record.time_ms
             why = self._after_step() or why
             if why is not None:
                 reason = why
@@ -203,7 +203,6 @@ class Loop:
             validation=self._validation,
             parameters_sha256=parameters_sha256(self._server.model),
             training_s=time.perf_counter() - start,
-            first_step_ms=first_step_ms,
             refused_pushes=self._refused,
         )
 
@@ -247,6 +246,7 @@ class Loop:
             update_s=update.seconds,
             step_s=step_s,
             workers=len(self._members),
+            taken=self._ledger.taken,
         )
         self._reports.step(record)
         return record, self._stopping.stepped(update.loss, update.grad_norm)
@@ -257,7 +257,9 @@ class Loop:
         epoch_end = self.step % self._plan.steps_per_epoch == 0
         if self._validation_plan is not None and (epoch_end or _due(self.step, self._settings.validation_every_steps)):
             why = self._validate()
-        if epoch_end or _due(self.step, self._settings.checkpoint_every_steps):
+        every_s = self._settings.checkpoint_every_s
+        is_time = every_s is not None and time.monotonic() - self._snapshot_at >= every_s
+        if epoch_end or is_time or _due(self.step, self._settings.checkpoint_every_steps):
             self._snapshot()
         return why
 
@@ -309,6 +311,7 @@ class Loop:
             )
         )
         self._last_snapshot = self.step
+        self._snapshot_at = time.monotonic()
 
     def _exchange(self, kind: Kind, step: int, plan: Plan) -> tuple[_Round, tuple[Partial, ...]]:
         """Have every shard of a step computed once. Returns the last two halves of the sum over all of them."""
@@ -322,6 +325,10 @@ class Loop:
                 raise _Stopped
         halves = self._round.tree.halves
         assert halves is not None
+        if self._round.lost_at is not None:
+            seconds = time.perf_counter() - self._round.lost_at
+            message = f"the step in flight was whole {seconds:.2f} s after the worker was given up"
+            self._reports.event("recovered", message, self.step, seconds=seconds)
         return self._round, halves
 
     def _assign(self, assignment: Assignment) -> None:
@@ -346,8 +353,12 @@ class Loop:
             if isinstance(what, LinkError):
                 if member is not None:
                     self._lose(member, what.message)
+                self._fenced.pop(link, None)
             elif what.kind is Kind.HELLO:
                 self._welcome(link, what)
+            elif link in self._fenced:
+                if what.kind is Kind.PUSH:
+                    self._take_push(self._fenced[link], what)
             elif member is None:
                 continue  # a link dropped a moment ago
             elif what.kind is Kind.PUSH:
@@ -359,6 +370,7 @@ class Loop:
         now = time.monotonic()
         for member in list(self._members.values()):
             if now > member.deadline and self._ledger.owes(member.incarnation):
+                self._fenced[member.link] = member
                 self._lose(member, f"it was silent for {self._settings.worker_timeout_s:g} s")
 
     def _welcome(self, link: SocketLink, frame: Frame) -> None:
@@ -422,8 +434,11 @@ class Loop:
         if self._members.pop(member.incarnation, None) is None:
             return
         del self._by_link[member.link]
-        self._hub.drop(member.link)
+        if member.link not in self._fenced:
+            self._hub.drop(member.link)
         self._reports.event("lost", f"worker {member.rank} was given up: {cause}", self.step, member.rank)
+        if self._round is not None and self._round.lost_at is None and self._ledger.owes(member.incarnation):
+            self._round.lost_at = time.perf_counter()
         for assignment in self._ledger.leave(member.incarnation):
             self._assign(assignment)
 

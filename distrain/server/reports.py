@@ -14,12 +14,14 @@ _MAX_SNAPSHOTS = 4
 
 class Reports:
     """A mailbox: the loop posts, the driver drains. Snapshots wait apart, since they are large; when the driver cannot
-    keep up, the oldest that was not validated gives way, so that the best one is kept if it can be."""
+    keep up, the oldest that was not validated gives way, so that the best one is kept if it can be. A snapshot is given
+    out once the steps before it have been drained: what is durable has been told of."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._report = Report()
         self._snapshots: deque[Snapshot] = deque()
+        self._num_drained = 0  # of the snapshots: their steps were drained
 
     def step(self, record: StepRecord) -> None:
         with self._lock:
@@ -29,9 +31,9 @@ class Reports:
         with self._lock:
             self._report.validations.append(record)
 
-    def event(self, kind: str, message: str, step: int, rank: int = -1) -> None:
+    def event(self, kind: str, message: str, step: int, rank: int = -1, seconds: float | None = None) -> None:
         with self._lock:
-            self._report.events.append(Event(time.time_ns() // 1_000_000, kind, message, step, rank))
+            self._report.events.append(Event(time.time_ns() // 1_000_000, kind, message, step, rank, seconds))
 
     def snapshot(self, snapshot: Snapshot) -> None:
         with self._lock:
@@ -39,15 +41,20 @@ class Reports:
             if len(self._snapshots) > _MAX_SNAPSHOTS:
                 older = list(self._snapshots)[:-1]
                 victim = next((s for s in older if not s.metrics), older[0])
+                self._num_drained -= list(self._snapshots).index(victim) < self._num_drained
                 self._snapshots.remove(victim)
 
     def drain(self) -> Report:
         """Everything since the last call."""
         with self._lock:
             report, self._report = self._report, Report()
+            self._num_drained = len(self._snapshots)
             return report
 
     def take_snapshot(self) -> Snapshot | None:
-        """The oldest snapshot waiting, if any."""
+        """The oldest snapshot whose steps have been drained, if any."""
         with self._lock:
-            return self._snapshots.popleft() if self._snapshots else None
+            if not self._num_drained:
+                return None
+            self._num_drained -= 1
+            return self._snapshots.popleft()

@@ -39,7 +39,7 @@ class Writer:
         """One round: points, jobs, events. With `finish` the last one, which tries even when the store was away."""
         points = self._inbox.take_points(self._last_step, self._last_validation, finish)
         self._jobs += self._inbox.take_jobs()
-        self._take_events()
+        points += self._take_events()
         if self._is_away and not finish and time.monotonic() < self._retry_at:
             self._keep(points)
             return
@@ -97,11 +97,16 @@ class Writer:
                 self._notify(f"MLflow did not take {job.what}: {first_line(error)}")
             self._jobs.pop(0)
 
-    def _take_events(self) -> None:
+    def _take_events(self) -> list[Point]:
+        """Add events to the text; those with a duration are points too."""
+        points = []
         for event in self._inbox.take_events():
             at = datetime.fromtimestamp(event.time_ms / 1000, UTC).isoformat(timespec="milliseconds")
             self._event_text += f"{at} step {event.step} {event.kind}: {event.message}\n"
             self._has_unwritten_events = True
+            if event.seconds is not None:
+                points.append(Point("time/recovery_sec", event.seconds, event.time_ms, event.step))
+        return points
 
     def _write_events(self, at_once: bool) -> None:
         if self._has_unwritten_events and (at_once or time.monotonic() >= self._events_at):

@@ -95,29 +95,42 @@ def test_all_workers_may_die_and_others_go_on(undisturbed):
 
 
 class Sleeper(Worker):
-    """Falls silent at step 6, and wakes long after it was given up."""
+    """Rank 1 falls silent at step 6, and wakes after it was given up, while the other one waits at step 20."""
 
     woke = threading.Event()
+    pushed = threading.Event()
 
     def handle(self, frame: Frame) -> None:
-        if self.rank == 1 and frame.step == 6 and not self.woke.is_set():
+        late = self.rank == 1 and frame.step == 6 and not self.woke.is_set()
+        if late:
             self.woke.wait(30)
+        if self.rank == 0 and frame.step == 20:
+            self.woke.set()
+            self.pushed.wait(0.4)
         super().handle(frame)
+        if late:
+            self.pushed.set()
 
 
-def test_a_silent_worker_is_given_up_and_what_it_sends_later_is_refused(undisturbed):
+def test_a_silent_worker_is_given_up_and_what_it_pushes_later_is_refused(undisturbed):
     Sleeper.woke.clear()
+    Sleeper.pushed.clear()
     the_job = job(num_workers=2, worker_timeout_s=0.5)
     run = open_run(the_job)
     threads = [start_worker(run, the_job, rank, cls=Sleeper) for rank in (0, 1)]
     outcome = run.loop.run()
-    Sleeper.woke.set()
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
     assert outcome.parameters_sha256 == undisturbed
-    [lost] = [e for e in run.reports.drain().events if e.kind == "lost"]
+    events = run.reports.drain().events
+    [lost] = [e for e in events if e.kind == "lost"]
     assert lost.message == "worker 1 was given up: it was silent for 0.5 s"
+    [recovered] = [e for e in events if e.kind == "recovered"]
+    assert recovered.seconds is not None and 0 < recovered.seconds < 1
+    [refused] = [e for e in events if e.kind == "refused"]
+    assert "of step 7 was refused: its worker had been given up" in refused.message
+    assert outcome.refused_pushes == 1
 
 
 def test_a_worker_that_joins_later_takes_part(undisturbed):
@@ -156,6 +169,8 @@ def test_stop_finishes_the_step_and_snapshots():
     threading.Timer(0.5, lambda: run.loop.stop("enough")).start()
     outcome = run.loop.run()
     assert (outcome.status, outcome.reason) == ("stopped", "enough")
+    assert run.reports.take_snapshot() is None, "a snapshot came before the steps that led to it"
+    run.reports.drain()
     last = None
     while (snapshot := run.reports.take_snapshot()) is not None:
         last = snapshot

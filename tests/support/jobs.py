@@ -113,8 +113,8 @@ def wait_for(condition: Any, timeout_s: float = 60, what: str = "it") -> Any:
     raise AssertionError(f"{what} did not happen within {timeout_s} s")
 
 
-def workers_of(pid: int) -> list[psutil.Process]:
-    """The worker actors' processes below a driver."""
+def workers_of(pid: int, actor: str = "WorkerActor") -> list[psutil.Process]:
+    """The worker actors' processes below a driver; or those of another actor."""
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -122,7 +122,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
     found = []
     for child in children:
         try:
-            if "WorkerActor" in " ".join(child.cmdline()):
+            if actor in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue

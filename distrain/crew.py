@@ -1,0 +1,173 @@
+"""The Ray actors of one run: a server and its workers, started, watched and replaced. No Ray call belongs to a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
+from distrain.config import WorkersConfig
+from distrain.errors import ClusterError, DistrainError, ServerLost, TrainingError
+from distrain.placement import Placement
+from distrain.records import Report
+from distrain.server.loop import Outcome
+from distrain.supervision import Fail, GiveUp, Replace, Supervision
+
+_POLL_SECONDS = 0.25
+
+
+class Crew:
+    """One parameter server and its workers.
+
+    `start`, then `await_server`, `train`, and `watch` until it gives the outcome. After ServerLost, `dismiss` what is
+    left and `start` again. `note` is told what a person should know.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        run: RunSpec,
+        update: UpdateSpec,
+        workers: WorkersConfig,
+        note: Callable[[str], None],
+    ) -> None:
+        self._placement, self._run, self._update, self._config, self._note = placement, run, update, workers, note
+        self._supervision = Supervision(workers.count, workers.min)
+        self._server: Any = None
+        self._ready: Any = None  # the server's call that makes it ready
+        self._running: Any = None  # the server's call that trains
+        self._workers: dict[int, Any] = {}
+        self._worker_calls: dict[Any, int] = {}  # the call under way on each worker -> its rank
+        self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
+        self._step = 0  # the last that the server reported
+        self._stop_sent = False
+
+    @property
+    def failures(self) -> int:
+        """How many workers ended before the run did."""
+        return self._supervision.failures
+
+    def start(self, restored: Restored | None) -> None:
+        """Start the server, to go on from `restored`, and the workers. Does not wait for them."""
+        self._step = restored.step if restored is not None else 0
+        self._stop_sent = False
+        self._server = ray.remote(ServerActor).options(
+            num_cpus=0, max_concurrency=4, max_restarts=0, scheduling_strategy=self._placement.for_server()
+        ).remote()  # fmt: skip
+        self._ready = self._server.prepare.remote(self._run, self._update, restored)
+        for rank in range(self._config.count):
+            self._start_worker(rank)
+
+    def await_server(self, should_stop: Callable[[], bool]) -> Ready | None:
+        """Wait until the server has built the model, or says what is wrong with it. None when told to stop."""
+        while not ray.wait([self._ready], timeout=_POLL_SECONDS)[0]:
+            if should_stop():
+                return None
+        return _get(self._ready)
+
+    def train(self) -> None:
+        """Have the server begin. Does not wait."""
+        self._running = self._server.run.remote()
+
+    def watch(self, stop_reason: str | None) -> Outcome | None:
+        """Wait a moment, replace who ended, pass `stop_reason` on. Gives the outcome when the run is over.
+
+        Raises what the server's run raised, ServerLost when the server is dead.
+        """
+        done, _ = ray.wait([self._running, *self._worker_calls], timeout=_POLL_SECONDS)
+        if self._running in done:
+            outcome: Outcome = _get(self._running)
+            return outcome
+        if stop_reason is not None and not self._stop_sent:
+            self._server.stop.remote(stop_reason)
+            self._stop_sent = True
+        for call in done:
+            self._worker_ended(call)
+        now = time.monotonic()
+        for due in [due for due in self._due if due[0] <= now]:
+            self._due.remove(due)
+            self._start_worker(due[1])
+        return None
+
+    def report(self) -> Report:
+        """What the server has to say since it was last asked. Raises ServerLost when it is dead."""
+        report: Report = _get(self._server.poll.remote())
+        if report.steps:
+            self._step = report.steps[-1].step
+        for event in report.events:
+            if event.kind == "joined":
+                self._supervision.joined(event.rank, event.step)
+            elif event.kind == "lost" and event.rank in self._workers:
+                ray.kill(self._workers[event.rank])  # it may only hang; a dead one does not mind
+        return report
+
+    def take_snapshot(self) -> Any:
+        """The oldest snapshot waiting at the server, or None. Raises ServerLost when it is dead."""
+        return _get(self._server.take_snapshot.remote())
+
+    def dismiss(self, lost: ServerLost, furthest_step: int) -> None:
+        """End what is left after the server died, and wait as long as is wise before the next start.
+
+        `furthest_step` is the last that any server of the run reported. Raises TrainingError when it died too often
+        without getting further.
+        """
+        for actor in [self._server, *self._workers.values()]:
+            ray.kill(actor)
+        self._workers.clear()
+        self._worker_calls.clear()
+        self._due.clear()
+        decision = self._supervision.server_ended(lost.message, furthest_step)
+        if isinstance(decision, Fail):
+            raise TrainingError(decision.message)
+        time.sleep(decision.after_s)
+
+    def _start_worker(self, rank: int) -> None:
+        actor = ray.remote(WorkerActor).options(
+            num_cpus=self._config.cpus, max_restarts=0, scheduling_strategy=self._placement.for_worker(rank)
+        ).remote()  # fmt: skip
+        threads = worker_threads(self._config.cpus)
+        call = actor.run.remote(rank, self._run, self._ready, self._placement.server_node, threads)
+        self._workers[rank] = actor
+        self._worker_calls[call] = rank
+
+    def _worker_ended(self, call: Any) -> None:
+        """Decide what follows on a worker's end, and do it."""
+        rank = self._worker_calls.pop(call)
+        try:
+            ray.get(call)
+            return  # told to stop: the run is over
+        except RayTaskError as error:
+            cause: Exception = error.cause
+            if isinstance(cause, DistrainError) and ray.wait([self._running], timeout=1.0)[0]:
+                return  # it told the server, which ends the run; or the server is gone
+        except RayActorError as error:
+            cause = error
+        decision = self._supervision.ended(rank, worker_failure(cause), self._step)
+        match decision:
+            case Replace(after_s=after_s):
+                self._due.append((time.monotonic() + after_s, rank))
+            case GiveUp(message=message):
+                self._note(message)
+            case Fail(message=message):
+                self._server.abort.remote(TrainingError(message))
+
+
+def worker_threads(cpus: float) -> int:
+    """How many threads a worker computes with. Bits of a gradient depend on it."""
+    return max(1, int(cpus))
+
+
+def _get(ref: Any) -> Any:
+    """`ray.get` with errors for people: ours as they are, a dead server as ServerLost."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DistrainError) else error) from None
+    except RayActorError as error:
+        raise ServerLost(f"the parameter server died: {worker_failure(error)}") from error
+    except RayError as error:
+        raise ClusterError(f"the Ray cluster failed: {error}") from error

@@ -1,0 +1,228 @@
+"""Real faults on a real Ray: each costs no bit, and every shard of every step is applied once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from distrain.checkpoint import MODEL
+from distrain.config import load_config
+from distrain.errors import DistrainError, TrainingDataError, TrainingError
+from distrain.history import Checked, check
+from distrain.progress import SilentProgress
+from distrain.records import Event, Report
+from distrain.trainer import Result, Trainer
+from tests.support.faults import MOMENTS
+from tests.support.jobs import wait_for, workers_of, write_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.cluster]
+
+STEPS = 600
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("faults"), tracking={"enabled": False}, epochs=STEPS // 10)
+
+
+class Watcher(SilentProgress):
+    """Sees what the server reports; calls `act` once, after step `step`."""
+
+    def __init__(self, act: Callable[[], None] = lambda: None, step: int = 30) -> None:
+        self.act, self.step, self.acted_at = act, step, 0.0
+        self.events: list[Event] = []
+        self.seen: list[tuple[float, int]] = []  # (when, step)
+        self.notes: list[str] = []
+
+    def report(self, report: Report) -> None:
+        self.events += report.events
+        if report.steps:
+            self.seen.append((time.time(), report.steps[-1].step))
+        if not self.acted_at and self.seen and self.seen[-1][1] >= self.step:
+            self.acted_at = time.time()
+            self.act()
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def of_kind(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event.kind == kind]
+
+
+def fit(job: Path, watcher: Watcher, *overrides: str) -> tuple[Result, Checked]:
+    """Run to the end. The history must hold."""
+    config = load_config(job, ["checkpoint.history=true", "workers.count=2", *overrides])
+    result = Trainer(config, watcher).fit()
+    found, problems = check(Path(config.checkpoint.dir, result.run_name, "history.jsonl"))
+    assert problems == []
+    assert found.steps == result.steps == STEPS and result.samples == STEPS * 30
+    return result, found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: None, job: Path) -> str:
+    return fit(job, Watcher())[0].parameters_sha256
+
+
+def kill(actor: str, *which: int) -> None:
+    for number in which:
+        workers_of(os.getpid(), actor)[number].kill()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_killed_at_any_moment_of_a_step(cluster: None, job: Path, tmp_path: Path, moment: str):
+    def model(flag: str) -> tuple[str, ...]:
+        args = f"args: {{moment: {moment}, flag: '{tmp_path / flag}'}}"
+        return (f"model={{factory: 'tests.support.faults:build', {args}}}", "data.standardize=false")
+
+    (tmp_path / "taken").touch()
+    expected, _ = fit(job, Watcher(), *model("taken"))
+    watcher = Watcher()
+    result, found = fit(job, watcher, *model("free"))
+    assert result.worker_failures == 1 and found.incarnations >= 2
+    assert result.parameters_sha256 == expected.parameters_sha256
+    [lost] = watcher.of_kind("lost")
+    assert "its process ended" in lost.message or "link" in lost.message
+    for event in watcher.of_kind("recovered"):
+        assert event.seconds is not None and event.seconds < 1.0
+    again = [event for event in watcher.of_kind("joined") if event.time_ms > lost.time_ms]
+    assert [event.rank for event in again] == [lost.rank]
+    assert again[0].time_ms - lost.time_ms < 10_000
+
+
+def test_all_workers_killed_at_once(undisturbed: str, job: Path):
+    watcher = Watcher(lambda: kill("WorkerActor", 0, 0))
+    result, _ = fit(job, watcher)
+    assert result.parameters_sha256 == undisturbed and result.worker_failures == 2
+    [recovered] = watcher.of_kind("recovered")
+    assert recovered.seconds is not None and recovered.seconds < 15
+
+
+def test_a_worker_that_hangs_is_given_up_at_the_deadline(undisturbed: str, job: Path):
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.append(workers_of(os.getpid())[0])
+        stopped[0].suspend()
+
+    watcher = Watcher(stop)
+    result, _ = fit(job, watcher, "workers.timeout_seconds=2")
+    assert result.parameters_sha256 == undisturbed and result.worker_failures == 1
+    [lost] = watcher.of_kind("lost")
+    assert lost.message.endswith("was given up: it was silent for 2 s")
+    assert lost.time_ms / 1000 - watcher.acted_at < 2 + 2
+    wait_for(lambda: not stopped[0].is_running() or stopped[0].status() == "zombie", 15, "the hung worker's end")
+
+
+def test_a_worker_that_crashes_at_every_start_ends_the_run_with_its_cause(cluster: None, job: Path):
+    watcher = Watcher()
+    model = "model={factory: 'tests.support.faults:build', args: {moment: start}}"
+    began = time.time()
+    with pytest.raises(TrainingError, match=r"worker \d failed \d times in a row before finishing a step: .*SIGKILL"):
+        fit(job, watcher, model, "data.standardize=false")
+    assert time.time() - began < 60
+    assert len(watcher.of_kind("lost")) >= 5
+
+
+def test_the_server_killed_goes_on_from_the_last_checkpoint(undisturbed: str, job: Path):
+    watcher = Watcher(lambda: kill("ServerActor", 0), step=100)
+    result, found = fit(job, watcher)
+    assert result.parameters_sha256 == undisturbed
+    assert found.restores == 1 and found.repeated_steps < 100
+    assert result.worker_failures == 0
+    [note] = [note for note in watcher.notes if "the parameter server died" in note]
+    assert "going on from step" in note
+    [recovered] = watcher.of_kind("recovered")
+    assert recovered.seconds is not None and recovered.seconds < 15
+
+
+def test_the_server_killed_before_the_first_checkpoint_starts_over(cluster: None, tmp_path: Path):
+    long_epoch = write_job(tmp_path, rows=20_000, tracking={"enabled": False}, epochs=1)
+    config = load_config(long_epoch, ["checkpoint.history=true", "checkpoint.every_steps=null"])
+    expected = Trainer(config).fit()
+    result = Trainer(config, Watcher(lambda: kill("ServerActor", 0))).fit()
+    assert result.parameters_sha256 == expected.parameters_sha256
+    assert result.samples == expected.samples == 20_000
+    found, problems = check(Path(config.checkpoint.dir, result.run_name, "history.jsonl"))
+    assert problems == [] and found.restores == 1 and found.repeated_steps >= 30
+
+
+def test_the_server_killed_and_the_latest_checkpoint_damaged(undisturbed: str, job: Path):
+    runs = Path(load_config(job).checkpoint.dir)
+    before = set(runs.iterdir())
+    damaged: list[str] = []
+
+    def damage_and_kill() -> None:
+        kill("ServerActor", 0)
+        [run] = set(runs.iterdir()) - before
+        newest = max(path for path in run.iterdir() if path.name.startswith("step-"))
+        os.truncate(newest / MODEL, 100)
+        damaged.append(newest.name)
+
+    watcher = Watcher(damage_and_kill, step=100)
+    result, found = fit_despite_damage(job, watcher)
+    assert result.parameters_sha256 == undisturbed and found.restores == 1
+    assert damaged
+
+
+def fit_despite_damage(job: Path, watcher: Watcher) -> tuple[Result, Checked]:
+    """As `fit`; the history rightly says that something durable was lost."""
+    config = load_config(job, ["checkpoint.history=true", "workers.count=2"])
+    result = Trainer(config, watcher).fit()
+    found, problems = check(Path(config.checkpoint.dir, result.run_name, "history.jsonl"))
+    assert len(problems) == 1 and "was durable" in problems[0]
+    return result, found
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted", "replaced"])
+def test_a_data_file_that_changes_stops_the_run_and_is_named(cluster: None, tmp_path: Path, how: str):
+    job = write_job(tmp_path, tracking={"enabled": False}, epochs=10_000)
+    file = tmp_path / "train" / "part-1.parquet"
+
+    def change() -> None:
+        if how == "truncated":
+            os.truncate(file, file.stat().st_size // 2)
+        elif how == "deleted":
+            file.unlink()
+        else:
+            (tmp_path / "other").write_bytes(os.urandom(file.stat().st_size + 1))
+            os.replace(tmp_path / "other", file)
+
+    with pytest.raises(DistrainError) as error:
+        Trainer(load_config(job, ["workers.count=2"]), Watcher(change)).fit()
+    assert isinstance(error.value, TrainingDataError) and error.value.exit_code == 1
+    assert str(file) in error.value.message
+
+
+def test_a_worker_woken_after_it_was_given_up_changes_nothing(undisturbed: str, job: Path):
+    class Waker(Watcher):
+        """Stops a worker, and lets it go on when it was given up."""
+
+        def report(self, report: Report) -> None:
+            super().report(report)
+            if stopped and self.of_kind("lost"):
+                with suppress(psutil.NoSuchProcess):
+                    stopped.pop().resume()
+
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.append(workers_of(os.getpid())[0])
+        stopped[0].suspend()
+
+    result, _ = fit(job, Waker(stop), "workers.timeout_seconds=1")
+    assert result.parameters_sha256 == undisturbed
