@@ -25,6 +25,15 @@ from distrain.server.reports import Reports
 from distrain.worker import Source, Worker
 
 _MOST_THREADS = 4
+# What Ray's paragraphs on a dead actor come down to; the first that fits counts.
+_RAY_SAYS = {
+    "NODE_OUT_OF_MEMORY": "Ray ended its process, since its node ran out of memory: fewer workers a node, a smaller "
+    "batch_size or data.shuffle_rows need less",
+    "killed by `ray.kill`": "its process was ended, since it had been given up",
+    "node has died": "its node died",
+    "node died": "its node died",
+    "connection error code 2": "its process ended without a word: killed, out of memory, or crashed",
+}
 
 
 @dataclass(frozen=True)
@@ -133,13 +142,13 @@ class ServerActor:
 class WorkerActor:
     """A worker's process."""
 
-    def run(self, rank: int, run: RunSpec, ready: Ready, server_node: str, num_threads: int) -> None:
+    def run(self, rank: int, launch: int, run: RunSpec, ready: Ready, server_node: str, num_threads: int) -> None:
         """Join the server and serve it to the end."""
         run.prepare_process(num_threads)
         task = build_task(run.task)
         worker = Worker(rank, task.model, task.loss, task.metrics, run.train, run.validation, run.task.seed)
         same_node = ray.get_runtime_context().get_node_id() == server_node
-        worker.join(ready.address, same_node, run.token)
+        worker.join(ready.address, same_node, run.token, launch)
         worker.run()
 
 
@@ -154,4 +163,8 @@ def worker_failure(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, LinkError | ClusterError):
         return cause.message
-    return " ".join(str(cause).split())[:300] or type(cause).__name__
+    text = " ".join(str(cause).split())
+    for sign, meaning in _RAY_SAYS.items():
+        if sign in text:
+            return meaning
+    return text[:300] or type(cause).__name__

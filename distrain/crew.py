@@ -40,8 +40,9 @@ class Crew:
         self._server: Any = None
         self._ready: Any = None  # the server's call that makes it ready
         self._running: Any = None  # the server's call that trains
-        self._workers: dict[int, Any] = {}
-        self._worker_calls: dict[Any, int] = {}  # the call under way on each worker -> its rank
+        self._workers: dict[int, Any] = {}  # by launch
+        self._launches = 0
+        self._worker_calls: dict[Any, tuple[int, int]] = {}  # the call under way on each worker -> (rank, launch)
         self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
         self._step = 0  # the last that the server reported
         self._stop_sent = False
@@ -101,8 +102,8 @@ class Crew:
         for event in report.events:
             if event.kind == "joined":
                 self._supervision.joined(event.rank, event.step)
-            elif event.kind == "lost" and event.rank in self._workers:
-                ray.kill(self._workers[event.rank])  # it may only hang; a dead one does not mind
+            elif event.kind == "lost" and event.launch in self._workers:
+                ray.kill(self._workers[event.launch])  # it may only hang
         return report
 
     def take_snapshot(self) -> Any:
@@ -130,13 +131,15 @@ class Crew:
             num_cpus=self._config.cpus, max_restarts=0, scheduling_strategy=self._placement.for_worker(rank)
         ).remote()  # fmt: skip
         threads = worker_threads(self._config.cpus)
-        call = actor.run.remote(rank, self._run, self._ready, self._placement.server_node, threads)
-        self._workers[rank] = actor
-        self._worker_calls[call] = rank
+        launch, self._launches = self._launches, self._launches + 1
+        call = actor.run.remote(rank, launch, self._run, self._ready, self._placement.server_node, threads)
+        self._workers[launch] = actor
+        self._worker_calls[call] = (rank, launch)
 
     def _worker_ended(self, call: Any) -> None:
         """Decide what follows on a worker's end, and do it."""
-        rank = self._worker_calls.pop(call)
+        rank, launch = self._worker_calls.pop(call)
+        del self._workers[launch]
         try:
             ray.get(call)
             return  # told to stop: the run is over

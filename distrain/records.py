@@ -48,6 +48,7 @@ class Event:
     message: str
     step: int = 0
     rank: int = -1  # the worker concerned
+    launch: int = -1  # the process concerned: each start of a worker has a number of its own
     seconds: float | None = None  # recovered: from the loss to a whole step
 
 

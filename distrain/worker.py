@@ -107,12 +107,18 @@ class Worker:
         self._round = -1
         self._free: list[int] = []
 
-    def join(self, address: Address, same_node: bool, token: str, timeout_s: float = 60.0) -> None:
-        """Join a server: prove the token, take over or make the buffers.
+    def join(self, address: Address, same_node: bool, token: str, launch: int = 0, timeout_s: float = 60.0) -> None:
+        """Join a server: prove the token, take over or make the buffers. `launch` tells processes of a rank apart.
 
         Raises LinkError when the server cannot be reached or built another model.
         """
-        hello = {"rank": self.rank, "layout": self.layout.digest, "shared": same_node, "pid": os.getpid()}
+        hello = {
+            "rank": self.rank,
+            "launch": launch,
+            "layout": self.layout.digest,
+            "shared": same_node,
+            "pid": os.getpid(),
+        }
         link = connect(address, same_node, token, hello)
         welcome = link.receive(timeout_s)
         if welcome is None or welcome.kind is not Kind.WELCOME:

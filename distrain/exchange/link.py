@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from distrain.errors import LinkError
 
 _HEADER = struct.Struct("<BxxxiiiiiqqqqddddQ")
+_GONE = "the other end of the link is gone"
 _MAX_UNPROVEN_BYTES = 4096  # what a peer may send before it has proved itself
 _HANDSHAKE_SECONDS = 10.0
 _RECEIVE_CHUNK = 1 << 20
@@ -141,6 +142,8 @@ class SocketLink:
                     self._outgoing[0] = self._outgoing[0][sent:]
         except BlockingIOError:
             return
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise LinkError(_GONE) from error
         except OSError as error:
             raise LinkError(f"the link broke while sending: {error}") from error
 
@@ -151,6 +154,8 @@ class SocketLink:
                 frame = self._receive_some()
             except BlockingIOError:
                 return
+            except ConnectionResetError as error:
+                raise LinkError(_GONE) from error
             except OSError as error:
                 raise LinkError(f"the link broke while receiving: {error}") from error
             if frame is not None:
@@ -229,7 +234,7 @@ class SocketLink:
 
 def _received(count: int) -> int:
     if count == 0:
-        raise LinkError("the other end of the link is gone")
+        raise LinkError(_GONE)
     return count
 
 

@@ -21,7 +21,7 @@ from distrain.learning.fingerprint import parameters_sha256
 from distrain.learning.metrics import Metrics
 from distrain.learning.model_state import model_bytes
 from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer
-from distrain.records import StepRecord, ValidationRecord
+from distrain.records import Event, StepRecord, ValidationRecord
 from distrain.reduction import Block, Partial, TreeSum
 from distrain.server.ledger import Assignment, Ledger, Verdict
 from distrain.server.parameter_server import ParameterServer
@@ -73,6 +73,7 @@ class _Member:
     incarnation: int
     link: SocketLink
     slots: PushSlots
+    launch: int
     deadline: float = math.inf
     published_round: int = -1
 
@@ -185,7 +186,7 @@ class Loop:
             why = self._after_step() or why
             if why is not None:
                 reason = why
-                self._reports.event("stopped", why, self.step)
+                self._tell("stopped", why)
                 break
         if self._validation_plan is not None and status == "finished" and self._validated_at != self.step:
             self._validate()
@@ -328,7 +329,7 @@ class Loop:
         if self._round.lost_at is not None:
             seconds = time.perf_counter() - self._round.lost_at
             message = f"the step in flight was whole {seconds:.2f} s after the worker was given up"
-            self._reports.event("recovered", message, self.step, seconds=seconds)
+            self._tell("recovered", message, seconds=seconds)
         return self._round, halves
 
     def _assign(self, assignment: Assignment) -> None:
@@ -386,7 +387,7 @@ class Loop:
         if not link.shared:
             link.sink = lambda push: slots.bytes(push.slot) if push.kind is Kind.PUSH and self._training else None
         incarnation, assignments = self._ledger.join(rank)
-        member = _Member(rank, incarnation, link, slots)
+        member = _Member(rank, incarnation, link, slots, int(hello["launch"]))
         self._members[incarnation] = self._by_link[link] = member
         try:
             link.send(Frame(Kind.WELCOME, incarnation=incarnation))
@@ -396,7 +397,7 @@ class Loop:
             self._lose(member, error.message)
             return
         slots.buffer.close()
-        self._reports.event("joined", f"worker {rank} joined (incarnation {incarnation})", self.step, rank)
+        self._tell("joined", f"worker {rank} joined (incarnation {incarnation})", member)
         for assignment in assignments:
             self._assign(assignment)
 
@@ -410,12 +411,11 @@ class Loop:
         verdict = self._ledger.push(member.incarnation, frame.round, block)
         if verdict is not Verdict.ACCEPTED or self._round is None:
             self._refused += 1
-            self._reports.event(
+            self._tell(
                 "refused",
                 f"a push of worker {member.rank} for shards {block.first}..{block.stop - 1} of step {frame.step + 1} "
                 f"was refused: {verdict.value}",
-                self.step,
-                member.rank,
+                member,
             )
             return
         member.deadline = time.monotonic() + self._settings.worker_timeout_s
@@ -436,11 +436,17 @@ class Loop:
         del self._by_link[member.link]
         if member.link not in self._fenced:
             self._hub.drop(member.link)
-        self._reports.event("lost", f"worker {member.rank} was given up: {cause}", self.step, member.rank)
+        self._tell("lost", f"worker {member.rank} was given up: {cause}", member)
         if self._round is not None and self._round.lost_at is None and self._ledger.owes(member.incarnation):
             self._round.lost_at = time.perf_counter()
         for assignment in self._ledger.leave(member.incarnation):
             self._assign(assignment)
+
+    def _tell(self, kind: str, message: str, member: _Member | None = None, seconds: float | None = None) -> None:
+        rank, launch = (member.rank, member.launch) if member is not None else (-1, -1)
+        self._reports.event(
+            Event(time.time_ns() // 1_000_000, kind, message, self.step, rank, launch=launch, seconds=seconds)
+        )
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 
 from distrain.checkpoint import Snapshot
@@ -31,9 +30,9 @@ class Reports:
         with self._lock:
             self._report.validations.append(record)
 
-    def event(self, kind: str, message: str, step: int, rank: int = -1, seconds: float | None = None) -> None:
+    def event(self, event: Event) -> None:
         with self._lock:
-            self._report.events.append(Event(time.time_ns() // 1_000_000, kind, message, step, rank, seconds))
+            self._report.events.append(event)
 
     def snapshot(self, snapshot: Snapshot) -> None:
         with self._lock:
