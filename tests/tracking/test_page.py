@@ -42,20 +42,19 @@ def test_a_run_is_found_with_its_curves_and_its_configuration(server, tmp_path, 
     tracker.validation(validation(10, accuracy=0.9875))
     assert tracker.finish("FINISHED")
 
-    page.goto(server.printed)
+    from mlflow import MlflowClient
+
+    experiment = MlflowClient(server.uri).get_run(tracker.run_id).info.experiment_id
+    runs = f"{server.uri}/#/experiments/{experiment}/runs"
+    page.goto(f"{runs}?workflowType=machine_learning")
     page.get_by_text("seen", exact=True).first.click()
     page.get_by_text("Finished").first.wait_for()
     page.get_by_text("0.9875").first.wait_for()
-    run = page.url.partition("/runs/")[2].partition("/")[0].partition("?")[0]
-    assert run == tracker.run_id
+    assert tracker.run_id in page.url
 
+    page.goto(f"{runs}/{tracker.run_id}/model-metrics")
     for chart in ("train/loss", "val/accuracy"):
-        page.goto(f"{server.uri}/#/experiments/{experiment(page)}/runs/{run}/model-metrics")
-        page.get_by_text(chart, exact=True).first.wait_for()
-    page.goto(f"{server.uri}/#/experiments/{experiment(page)}/runs/{run}/artifacts/config.yaml")
+        page.get_by_placeholder("Search metric charts").fill(chart)
+        page.get_by_text(f"seen ({chart})").first.wait_for()
+    page.goto(f"{runs}/{tracker.run_id}/artifacts/config.yaml")
     page.get_by_text("a: 1").first.wait_for()
-
-
-def experiment(page: Any) -> str:
-    """The experiment's id in the page's address."""
-    return page.url.partition("/experiments/")[2].partition("/")[0]
