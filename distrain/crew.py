@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from distrain.server.loop import Outcome
 from distrain.supervision import Fail, GiveUp, Replace, Supervision
 
 _POLL_SECONDS = 0.25
+_END_SECONDS = 2.0
 
 
 class Crew:
@@ -116,15 +118,28 @@ class Crew:
         `furthest_step` is the last that any server of the run reported. Raises TrainingError when it died too often
         without getting further.
         """
-        for actor in [self._server, *self._workers.values()]:
-            ray.kill(actor)
-        self._workers.clear()
-        self._worker_calls.clear()
-        self._due.clear()
+        self.close()
         decision = self._supervision.server_ended(lost.message, furthest_step)
         if isinstance(decision, Fail):
             raise TrainingError(decision.message)
         time.sleep(decision.after_s)
+
+    def close(self) -> None:
+        """End every actor that is left."""
+        if self._server is None:
+            return
+        for actor in [self._server, *self._workers.values()]:
+            ray.kill(actor)
+        calls = list(self._worker_calls)
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS)
+        for call in calls:  # Ray prints the errors of calls that nobody asks for
+            with suppress(RayError, DistrainError):
+                ray.get(call, timeout=0)
+        self._server = None
+        self._workers.clear()
+        self._worker_calls.clear()
+        self._due.clear()
 
     def _start_worker(self, rank: int) -> None:
         actor = ray.remote(WorkerActor).options(

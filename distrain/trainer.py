@@ -191,6 +191,14 @@ class Trainer:
             path = self._folder / "history.jsonl"
             self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step)
         crew = Crew(placement, run, self._update_spec(placement), self.config.workers, self._progress.note)
+        try:
+            outcome = self._train_with(crew, preparation, tracker)
+        finally:
+            crew.close()
+        return self._finish(outcome, crew.failures, preparation, tracker)
+
+    def _train_with(self, crew: Crew, preparation: Preparation, tracker: Tracker) -> Outcome:
+        """Have the crew train to the end; when the server dies, again from the last good checkpoint."""
         restored = self._restored(self._checkpoint)
         while True:
             try:
@@ -210,7 +218,7 @@ class Trainer:
                 restored = self._go_back(lost, tracker)
         if writer.last_error is not None:
             raise writer.last_error
-        return self._finish(outcome, crew, preparation, tracker)
+        return outcome
 
     def _watch(self, crew: Crew, writer: CheckpointWriter, tracker: Tracker) -> Outcome:
         """Have the crew train, and pass on what it reports, until the run is over."""
@@ -404,7 +412,7 @@ class Trainer:
             tracking_uri=config.tracking.uri if config.tracking.enabled else None,
         )
 
-    def _finish(self, outcome: Outcome, crew: Crew, preparation: Preparation, tracker: Tracker) -> Result:
+    def _finish(self, outcome: Outcome, failures: int, preparation: Preparation, tracker: Tracker) -> Result:
         """Log the model, and put the result together."""
         path = self._written
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
@@ -427,7 +435,7 @@ class Trainer:
             parameters_sha256=outcome.parameters_sha256,
             checkpoint=str(path) if path is not None else None,
             rows_per_epoch=preparation.train.plan.num_rows,
-            worker_failures=crew.failures,
+            worker_failures=failures,
             seconds={"startup": startup, "training": training, "total": math.nan},
         )
 

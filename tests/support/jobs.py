@@ -114,7 +114,7 @@ def wait_for(condition: Any, timeout_s: float = 60, what: str = "it") -> Any:
 
 
 def workers_of(pid: int, actor: str = "WorkerActor") -> list[psutil.Process]:
-    """The worker actors' processes below a driver; or those of another actor."""
+    """The worker actors' processes below a driver, or those of another actor; the newest first."""
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -126,7 +126,7 @@ def workers_of(pid: int, actor: str = "WorkerActor") -> list[psutil.Process]:
                 found.append(child)
         except psutil.Error:
             continue
-    return found
+    return sorted(found, key=lambda process: process.create_time(), reverse=True)
 
 
 def leftovers(before: set[int]) -> list[str]:
