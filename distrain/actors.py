@@ -15,7 +15,6 @@ from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
 from distrain.data.statistics import feature_statistics
 from distrain.errors import ClusterError, ConfigError, DistrainError, LinkError
 from distrain.exchange.link import Address, Hub
-from distrain.learning.model_state import restore_model
 from distrain.learning.models import minimum_rows
 from distrain.learning.task import TaskSpec, build_task
 from distrain.records import Report
@@ -59,6 +58,7 @@ class UpdateSpec:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig | None
     clip: ClipConfig | None
+    delay_compensation: float
     loop: LoopSettings
     num_threads: int | None  # None: as many as the workers leave
     cpus_of_workers: float  # on the server's node
@@ -103,16 +103,17 @@ class ServerActor:
                 f"the smallest microbatch of an epoch has {run.train.plan.smallest_microbatch} rows, and the model's "
                 f"batch normalization needs {needed}: choose another batch_size or fewer shards"
             )
-        server = ParameterServer(built.model, update.optimizer, update.schedule, update.clip)
+        staleness = 0 if update.loop.asynchronous else update.loop.staleness or 0
+        server = ParameterServer(
+            built.model, update.optimizer, update.schedule, update.clip, staleness, update.delay_compensation
+        )
         host = ray.util.get_node_ip_address() if update.spans_nodes else None
         hub = Hub(run.token, host)
         validation_plan = run.validation.plan if run.validation is not None else None
         self._loop = Loop(server, hub, run.train.plan, update.loop, self._reports, built.metrics, validation_plan)
         self._num_threads = update.num_threads or update_threads(update.cpus_of_workers)
         if restored is not None:
-            restore_model(built.model, restored.model)
-            server.published.store_buffers(built.model)
-            self._loop.restore(restored.step, restored.state, restored.optimizer)
+            self._loop.restore(restored.step, restored.model, restored.state, restored.optimizer)
         return Ready(hub.address, sum(p.numel() for p in built.model.parameters()))
 
     def run(self) -> Outcome:

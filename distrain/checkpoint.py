@@ -44,7 +44,8 @@ class Snapshot:
     """A run's state after update `step`, as the server hands it out."""
 
     step: int
-    epoch: int
+    epoch: int  # epochs finished
+    epoch_finished: bool  # with this very step
     model: bytes  # safetensors
     optimizer: bytes  # safetensors
     state: dict[str, Any]  # JSON-able: schedule, optimizer scalars, early stopping, best metric
@@ -102,7 +103,7 @@ class CheckpointStore:
     def write(self, snapshot: Snapshot, manifest_fields: Mapping[str, Any]) -> Path:
         """Write a checkpoint, mark the best, remove what is no longer kept. Return the checkpoint's folder.
 
-        `manifest_fields` are JSON-able: step_in_epoch, epoch_finished, run_name, mlflow_run_id, tracking_uri, config
+        `manifest_fields` are JSON-able: run_name, mlflow_run_id, tracking_uri, config
         (resolved, nested), data ({"train": fingerprint, "validation": fingerprint}), features, labels, num_features,
         num_outputs, torch (threads and versions, which bits depend on). Passwords in URIs are taken out of them.
 
@@ -115,6 +116,7 @@ class CheckpointStore:
             "distrain_version": __version__,
             "step": snapshot.step,
             "epoch": snapshot.epoch,
+            "epoch_finished": snapshot.epoch_finished,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             **redacted(manifest_fields),
             "state": snapshot.state,

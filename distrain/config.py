@@ -206,8 +206,16 @@ class WorkersConfig(_Section):
 class ServerConfig(_Section):
     """Who averages and updates."""
 
-    mode: Literal["sync"] = Field("sync", description="Only sync is supported so far: each step waits for all shards")
-    staleness: Literal[0] = Field(0, description="Updates that a gradient's parameters may lag; only 0 so far")
+    mode: Literal["sync", "async"] = Field(
+        "sync", description="sync: an update waits for every shard of its step; async: each microbatch is an update"
+    )
+    staleness: Annotated[int, BeforeValidator(_integer), Field(ge=0)] | None = Field(
+        0, description="sync: step t uses the parameters of step t - staleness; async: steps that one shard may be "
+                       "ahead of another, null: any number")  # fmt: skip
+    quorum: Count | None = Field(None, description="An update takes the first so many microbatches of its step; the "
+                                 "rows of the others come again at the epoch's end. null: all")  # fmt: skip
+    delay_compensation: NotNegative = Field(0.0, description="async: how much of a gradient's change since it was "
+                                            "computed is made up for (lambda of DC-ASGD); 0: none")  # fmt: skip
     slices: Literal[1] = Field(1, description="Parameter servers that share the model; only 1 so far")
     threads: Count | None = Field(
         None, description="Threads of an update; null: the cores that workers leave, at most 4"
@@ -306,6 +314,7 @@ class TrainConfig(_Section):
                 f"batch_size is {self.batch_size} and there are {self.resolved_shards} shards: a step needs a row for "
                 "each (raise batch_size, or lower shards or workers.count)"
             )
+        self._check_server()
         if self.workers.min > self.workers.count:
             raise ValueError(f"workers.min is {self.workers.min}, more than workers.count, {self.workers.count}")
         if self.data.validation is None:
@@ -318,6 +327,17 @@ class TrainConfig(_Section):
         if self.data.standardize and self.data.transform is not None:
             raise ValueError("data.standardize has no features to measure with data.transform; leave one of them out")
         return self
+
+    def _check_server(self) -> None:
+        server = self.server
+        if server.mode == "sync" and server.staleness is None:
+            raise ValueError("server.staleness is null, any number, which only server.mode: async allows")
+        if server.mode == "sync" and server.delay_compensation:
+            raise ValueError("server.delay_compensation needs server.mode: async")
+        if server.mode == "async" and server.quorum is not None:
+            raise ValueError("server.quorum needs server.mode: sync, since async waits for nobody")
+        if server.quorum is not None and server.quorum > self.resolved_shards:
+            raise ValueError(f"server.quorum is {server.quorum}, more than the {self.resolved_shards} shards of a step")
 
     @property
     def resolved_shards(self) -> int:

@@ -1,14 +1,16 @@
 """An append-only history of a run, and the check that it lost nothing: `python -m distrain.history FILE`.
 
 One JSON object a line, flushed as it is written. "run" comes first, and again when the run is resumed; then, in order
-of time, "step" (an update, and which blocks of shards from which worker's incarnation went into it, as the ledger took
-them), "durable" (a checkpoint was written) and "restored" (a server went on from a checkpoint, after one died).
+of time, "step" (an update, and which shards of which of the plan's steps went into it, from which incarnation of a
+worker, as the ledger took them), "durable" (a checkpoint was written) and "restored" (a server went on from a
+checkpoint, after one died).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +20,27 @@ from distrain.records import StepRecord
 
 
 class History:
-    """Appends to a run's history."""
+    """Appends to a run's history. `whole_steps`: each update takes every shard of one of the plan's steps."""
 
-    def __init__(self, path: Path, num_shards: int, steps_per_epoch: int, num_rows: int, first_step: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        num_shards: int,
+        steps_per_epoch: int,
+        num_rows: int,
+        first_step: int,
+        whole_steps: bool = True,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed with the run)
-        self._write("run", shards=num_shards, steps_per_epoch=steps_per_epoch, rows=num_rows, first_step=first_step)
+        self._write(
+            "run",
+            shards=num_shards,
+            steps_per_epoch=steps_per_epoch,
+            rows=num_rows,
+            first_step=first_step,
+            whole_steps=whole_steps,
+        )
 
     def steps(self, records: Iterable[StepRecord]) -> None:
         for record in records:
@@ -55,14 +72,25 @@ class Checked:
 def check(path: Path) -> tuple[Checked, list[str]]:
     """Check a history. Returns what it says, and one line for each thing that is wrong in it.
 
-    Steps follow one another; each takes every shard once; where a server takes over it goes back to a step that had
-    been made durable, and never before the last of those; an epoch's steps have as many samples as there are rows.
+    Steps follow one another; no microbatch (a shard of a step of the plan) is in two of them; where a server takes over
+    it goes back to a step that had been made durable, and never before the last of those; the steps of an epoch that is
+    over have as many samples as there are rows.
     """
     found, problems = Checked(), []
     seen: set[tuple[int, int]] = set()
     run: dict[str, Any] = {}
-    samples: dict[int, int] = {}
+    updates: dict[int, tuple[int, int]] = {}  # step -> (epoch, samples)
+    applied: dict[tuple[int, int], int] = {}  # microbatch -> step
     step = durable = life = 0
+
+    def go_back(to: int) -> None:
+        nonlocal step, life
+        for microbatch in [m for m, at in applied.items() if at > to]:
+            del applied[microbatch]
+        for later in [at for at in updates if at > to]:
+            del updates[later]
+        step, life = to, life + 1
+
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
@@ -73,14 +101,15 @@ def check(path: Path) -> tuple[Checked, list[str]]:
             case "run":
                 if run and line["first_step"] < durable:
                     problems.append(f"line {number}: resumed from step {line['first_step']}, {durable} was durable")
-                run, step, life = line, line["first_step"], life + 1
+                run = line
+                go_back(line["first_step"])
                 durable = step
             case "restored":
                 if line["step"] < durable:
                     problems.append(f"line {number}: went back to step {line['step']}, {durable} was durable")
                 found.restores += 1
                 found.repeated_steps += step - line["step"]
-                step, life = line["step"], life + 1
+                go_back(line["step"])
             case "durable":
                 if line["step"] > step:
                     problems.append(f"line {number}: step {line['step']} is durable, {step} was the last done")
@@ -89,17 +118,30 @@ def check(path: Path) -> tuple[Checked, list[str]]:
                 if line["step"] != step + 1:
                     problems.append(f"line {number}: step {line['step']} follows step {step}")
                 step = line["step"]
-                samples[step] = line["samples"]
-                shards = sorted(s for _, first, stop in line["taken"] for s in range(first, stop))
-                if shards != list(range(run["shards"])):
+                took = sorted((of_step, k) for _, of_step, first, stop in line["taken"] for k in range(first, stop))
+                if run["whole_steps"] and took != [(step - 1, shard) for shard in range(run["shards"])]:
+                    shards = [shard for _, shard in took]
                     problems.append(f"line {number}: step {step} took shards {shards} of {run['shards']}")
-                seen.update((life, incarnation) for incarnation, _, _ in line["taken"])
-    found.steps, found.incarnations = len(samples), len(seen)
-    length = run.get("steps_per_epoch", 0)
-    for epoch in range(step // length if length else 0):
-        of_epoch = [samples.get(epoch * length + place) for place in range(1, length + 1)]
-        if None not in of_epoch and sum(filter(None, of_epoch)) != run["rows"]:
-            problems.append(f"epoch {epoch}: {sum(filter(None, of_epoch))} samples of {run['rows']} rows")
+                updates[step] = (took[0][0] // run["steps_per_epoch"] if took else -1, line["samples"])
+                for incarnation, of_step, first, stop in line["taken"]:
+                    seen.add((life, incarnation))
+                    for microbatch in [(of_step, shard) for shard in range(first, stop)]:
+                        if microbatch in applied:
+                            problems.append(
+                                f"line {number}: step {step} took shard {microbatch[1]} of the plan's step {of_step}, "
+                                f"which step {applied[microbatch]} had taken"
+                            )
+                        applied[microbatch] = step
+    found.steps, found.incarnations = step, len(seen)
+    samples = Counter[int]()
+    for epoch, count in updates.values():
+        samples[epoch] += count
+    complete = Counter(of_step // run["steps_per_epoch"] for of_step, _ in applied) if run else Counter[int]()
+    for epoch in samples:
+        over = epoch < max(samples) or complete[epoch] == run["steps_per_epoch"] * run["shards"]
+        begun_here = (min(updates) - 1) == 0 or epoch > min(samples)  # else a part of it is in no history
+        if over and begun_here and samples[epoch] != run["rows"]:
+            problems.append(f"epoch {epoch}: {samples[epoch]} samples of {run['rows']} rows")
     return found, problems
 
 
@@ -111,8 +153,8 @@ def main() -> None:
         print(f"{len(problems)} problems")
     else:
         print(
-            f"{found.steps} steps, each shard once in each; {found.repeated_steps} done again after {found.restores} "
-            f"restores; {found.incarnations} incarnations of workers"
+            f"{found.steps} steps, each microbatch in one of them; {found.repeated_steps} done again after "
+            f"{found.restores} restores; {found.incarnations} incarnations of workers"
         )
     sys.exit(1 if problems else 0)
 

@@ -24,7 +24,10 @@ class StepRecord:
     update_s: float  # average, clip, optimizer
     step_s: float
     workers: int
-    taken: tuple[tuple[int, int, int], ...] = ()  # (incarnation, first shard, stop), as the ledger took them
+    staleness: int = 0  # updates between the parameters that the gradient was computed from, and this update
+    dropped: int = 0  # microbatches that came too late for the quorum
+    # (incarnation, the plan's step from 0, first shard, stop), as the ledger took them
+    taken: tuple[tuple[int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

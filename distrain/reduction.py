@@ -99,9 +99,11 @@ class TreeSum:
         return iter([self._by_first[first] for first in sorted(self._by_first)])
 
     @property
-    def halves(self) -> tuple[Partial, ...] | None:
-        """The two halves whose sum is that of all shards (one, if there is one shard); None while some are missing."""
-        parts = tuple(part for _, part in self)
-        blocks = [block for block, _ in self]
-        whole = self._num_shards == 1 or (len(blocks) == 2 and all(self._is_half_of_all(block) for block in blocks))
-        return parts if parts and whole else None
+    def parts(self) -> tuple[Partial, ...]:
+        """At most two parts whose sum, left + right, is that of all that has been put: the halves of the tree where all
+        of it has been, else whatever is there, added from left to right, in place."""
+        left, *rest = [part for _, part in self]
+        last = rest.pop() if rest else None
+        for part in rest:
+            left.add(part)
+        return (left,) if last is None else (left, last)

@@ -187,9 +187,9 @@ class Trainer:
             preparation.task, preparation.train, preparation.validation, secrets.token_hex(32), (os.getcwd(),)
         )
         if self.config.checkpoint.history:
-            plan = preparation.train.plan
-            path = self._folder / "history.jsonl"
-            self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step)
+            plan, server = preparation.train.plan, self.config.server
+            path, whole = self._folder / "history.jsonl", server.mode == "sync" and server.quorum is None
+            self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step, whole)
         crew = Crew(placement, run, self._update_spec(placement), self.config.workers, self._progress.note)
         try:
             outcome = self._train_with(crew, preparation, tracker)
@@ -289,11 +289,15 @@ class Trainer:
             num_workers=config.workers.count,
             min_workers=config.workers.min,
             worker_timeout_s=config.workers.timeout_seconds,
+            asynchronous=config.server.mode == "async",
+            staleness=config.server.staleness,
+            quorum=config.server.quorum,
         )
         return UpdateSpec(
             config.optimizer,
             config.schedule,
             config.clip,
+            config.server.delay_compensation,
             loop,
             config.server.threads,
             placement.workers_beside_server * config.workers.cpus,
@@ -320,15 +324,12 @@ class Trainer:
         config, dataset = self.config, preparation.train.dataset
         metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
         store = CheckpointStore(self._folder, config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER)
-        steps_per_epoch = preparation.train.plan.steps_per_epoch
 
         def fields(snapshot: Snapshot) -> dict[str, Any]:
             return {
                 "run_name": self.run_name,
                 "mlflow_run_id": self._mlflow_run_id(tracker, snapshot.step),
                 "tracking_uri": config.tracking.uri,
-                "step_in_epoch": snapshot.step % steps_per_epoch,
-                "epoch_finished": snapshot.step % steps_per_epoch == 0,
                 "config": {**config.to_mapping(), "shards": preparation.train.plan.num_shards},
                 "data": preparation.fingerprints,
                 "features": list(dataset.columns.features),

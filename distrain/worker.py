@@ -8,7 +8,7 @@ import os
 import struct
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from distrain.data.dataset import Dataset
 from distrain.data.plan import Plan
 from distrain.data.reader import Reader
 from distrain.errors import DataError, DistrainError, LinkError, TrainingDataError, TrainingError
-from distrain.exchange.link import Address, Frame, Kind, Link, SocketLink, connect
+from distrain.exchange.link import Address, Frame, Kind, Link, SocketLink, connect, unpack_microbatches
 from distrain.exchange.memory import Layout, Published, PushSlots, views
 from distrain.learning.losses import LabelError, Loss
 from distrain.learning.metrics import Metrics
@@ -46,25 +46,27 @@ class Readers:
         self._readers: dict[int, Reader] = {}
         self._last_used: dict[int, int] = {}
 
-    def microbatch(self, epoch: int, step_in_epoch: int, shard: int, round_: int) -> Batch:
+    def microbatch(self, step: int, shard: int) -> Batch:
         """The rows of one microbatch: tensors of [rows, ...]."""
         reader = self._readers.get(shard)
         if reader is None:
             reader = self._readers[shard] = Reader(self._dataset, self.plan, shard)
-        self._last_used[shard] = round_
-        return reader.microbatch(epoch, step_in_epoch)
+        self._last_used[shard] = step
+        return reader.microbatch(*self.plan.position(step))
 
-    def located(self, error: LabelError, label: Tensor, epoch: int, step_in_epoch: int, shard: int) -> DataError:
+    def located(self, error: LabelError, label: Tensor, step: int, shard: int) -> DataError:
         """The same error, with the file, row group, column and row that the label came from."""
+        epoch, step_in_epoch = self.plan.position(step)
         index = int((label == error.value).reshape(len(label), -1).any(1).int().argmax())
         row_group, row = self.plan.row(epoch, step_in_epoch, shard, index)
         columns = ", ".join(repr(name) for name in self._dataset.columns.labels)
         where = f"{self._dataset.place(row_group)}, column {columns}, row {row}"
         return TrainingDataError(f"{where}: {error.message}")
 
-    def keep_recent(self, round_: int) -> None:
-        """Close the readers of shards that went to somebody else: their windows cost memory."""
-        for shard in [shard for shard, used in self._last_used.items() if used < round_ - 1]:
+    def keep_recent(self, step: int, steps: int) -> None:
+        """Close the readers of shards that went to somebody else, since their windows cost memory: those not asked for
+        in the last so many steps up to `step`."""
+        for shard in [shard for shard, used in self._last_used.items() if used < step - steps]:
             self._readers.pop(shard).close()
             del self._last_used[shard]
 
@@ -100,12 +102,12 @@ class Worker:
         self._train = Readers(train)
         self._validation = Readers(validation) if validation is not None else None
         self._num_shards = train.plan.num_shards
+        self._asked = -1  # the round of the last task
         self._seed = seed
         named = dict(model.named_buffers())
         self._buffers = [named[entry.name] for entry in self.layout.float_buffers]
         self._counters = [named[entry.name] for entry in self.layout.int_buffers]
-        self._round = -1
-        self._free: list[int] = []
+        self._version = -1
 
     def join(self, address: Address, same_node: bool, token: str, launch: int = 0, timeout_s: float = 60.0) -> None:
         """Join a server: prove the token, take over or make the buffers. `launch` tells processes of a rank apart.
@@ -123,31 +125,42 @@ class Worker:
         welcome = link.receive(timeout_s)
         if welcome is None or welcome.kind is not Kind.WELCOME:
             raise LinkError("the parameter server did not welcome this worker in time")
-        published_fd, slots_fd = link.receive_descriptors(2, timeout_s) if same_node else (None, None)
+        count = welcome.version
+        fds = link.receive_descriptors(count + 1, timeout_s) if same_node else [None] * (count + 1)
         self.attach(
             link,
-            Published(self.layout, published_fd),
-            PushSlots(self.layout, self._num_shards, slots_fd),
+            [Published(self.layout, fd) for fd in fds[:count]],
+            PushSlots(self.layout, self._num_shards, welcome.slot, fds[count]),
             welcome.incarnation,
         )
         if not same_node:
             link.sink = self._place_parameters
 
-    def attach(self, link: Link, published: Published, slots: PushSlots, incarnation: int) -> None:
+    def attach(self, link: Link, published: Sequence[Published], slots: PushSlots, incarnation: int) -> None:
         """Take up a link and buffers."""
         self._link = link
         self._shared = not isinstance(link, SocketLink) or link.shared
         self._incarnation = incarnation
         self._published = published
         self._slots = slots
-        published.adopt_parameters(self._model, copy_in=False)
-        published.buffer.close()
+        for vector in published:
+            vector.buffer.close()
         slots.buffer.close()
-        self._published_buffers = views(published.floats, self.layout.float_buffers)
-        self._published_counters = published.int_views()
+        self._free: list[list[int]] = [[] for _ in range(slots.num_sets)]
+        self._rounds = [-1] * slots.num_sets
+        self._read_from(0)
         self._gradients = [views(slots[i], self.layout.parameters) for i in range(slots.num_slots)]
         self._changes = [views(slots[i], self.layout.float_buffers) for i in range(slots.num_slots)]
         self._counts = [views(slots[i], self.layout.int_buffers) for i in range(slots.num_slots)]
+
+    def _read_from(self, version: int) -> None:
+        """Make the model's parameters views into this one of the published vectors."""
+        if version == self._version:
+            return
+        self._version, published = version, self._published[version]
+        published.adopt_parameters(self._model, copy_in=False)
+        self._published_buffers = views(published.floats, self.layout.float_buffers)
+        self._published_counters = published.int_views()
 
     def run(self) -> None:
         """Serve until the server says stop. Raises LinkError when it goes away, and the user's errors, after telling
@@ -162,7 +175,7 @@ class Worker:
             raise
         except DistrainError as error:
             report = {"error": type(error).__name__, "message": error.message}
-            self._link.send(Frame(Kind.FAILED, payload=json.dumps(report).encode()))
+            self._link.send(Frame(Kind.FAILED, self._asked, payload=json.dumps(report).encode()))
             raise
         finally:
             self.close()
@@ -175,33 +188,32 @@ class Worker:
 
     def handle(self, frame: Frame) -> None:
         """Do what one frame asks for, and push the result."""
+        self._asked = frame.round
         if frame.kind is Kind.TRAIN:
             self._compute(frame, self._train, self._gradient)
-            self._train.keep_recent(frame.round)
+            self._train.keep_recent(frame.step, 1 + self._slots.num_sets)
         elif frame.kind is Kind.VALIDATE and self._validation is not None:
             self._compute(frame, self._validation, self._evaluate)
         elif frame.kind is not Kind.PUBLISH:
             raise LinkError(f"a worker cannot answer a {frame.kind.name} frame")
 
-    def _compute(self, frame: Frame, readers: Readers, work: Callable[[Batch, int, int], Partial]) -> None:
-        """Sum `work` over the shards asked for, as far as the tree allows, and push each block."""
-        if frame.round != self._round:
-            self._round = frame.round
-            self._free = list(range(self._slots.num_slots))[::-1]
-        epoch, step_in_epoch = readers.plan.position(frame.step)
-        tree = TreeSum(self._num_shards)
+    def _compute(self, frame: Frame, readers: Readers, work: Callable[[Batch, int, int, list[int]], Partial]) -> None:
+        """Sum `work` over the microbatches asked for, as far as the tree allows, and push each block."""
+        self._read_from(frame.version)
+        free = self._free_slots(frame)
+        tree = TreeSum(frame.samples)
         data_s, num_bytes = 0.0, 0
         start = time.perf_counter()
-        for shard in range(frame.first, frame.stop):
+        for place, (step, shard) in enumerate(unpack_microbatches(frame), start=frame.first):
             asked = time.perf_counter()
-            batch = self._read(readers, epoch, step_in_epoch, shard, frame)
+            batch = self._read(readers, step, shard)
             data_s += time.perf_counter() - asked
             num_bytes += sum(tensor.nbytes for tensor in batch.values())
             try:
-                part = work(batch, frame.step, shard)
+                part = work(batch, step, shard, free)
             except LabelError as error:
-                raise readers.located(error, batch["label"], epoch, step_in_epoch, shard) from error
-            self._free += [freed.slot for freed in tree.put(Block(shard, shard + 1), part)]
+                raise readers.located(error, batch["label"], step, shard) from error
+            free += [freed.slot for freed in tree.put(Block(place, place + 1), part)]
         answer = Frame(
             Kind.PUSH,
             frame.round,
@@ -230,15 +242,24 @@ class Worker:
             )
             answer = replace(answer, data_s=0.0, compute_s=0.0, data_bytes=0)
 
-    def _read(self, readers: Readers, epoch: int, step_in_epoch: int, shard: int, frame: Frame) -> Batch:
+    def _free_slots(self, frame: Frame) -> list[int]:
+        """The push slots that a training task may use, all those of its set at the round's first task."""
+        if frame.kind is Kind.VALIDATE:
+            return []
+        if self._rounds[frame.slot] != frame.round:
+            self._rounds[frame.slot] = frame.round
+            self._free[frame.slot] = list(self._slots.of_set(frame.slot))[::-1]
+        return self._free[frame.slot]
+
+    def _read(self, readers: Readers, step: int, shard: int) -> Batch:
         try:
-            return readers.microbatch(epoch, step_in_epoch, shard, frame.round)
+            return readers.microbatch(step, shard)
         except DataError as error:
             raise error.during_training() from error
 
-    def _gradient(self, batch: Batch, step: int, shard: int) -> Partial:
-        """The gradient of one microbatch's summed loss, written into a push slot."""
-        slot = self._free.pop()
+    def _gradient(self, batch: Batch, step: int, shard: int, free: list[int]) -> Partial:
+        """The gradient of one microbatch's summed loss, written into a push slot that is free."""
+        slot = free.pop()
         vector = self._slots[slot]
         rows = len(batch["label"])
         if rows == 0:
@@ -265,7 +286,7 @@ class Worker:
             count.copy_(local - published).mul_(rows)
         return Partial(vector, rows, loss.item(), slot)
 
-    def _evaluate(self, batch: Batch, step: int, shard: int) -> Partial:
+    def _evaluate(self, batch: Batch, step: int, shard: int, _: list[int]) -> Partial:
         """Loss and metric sums of one microbatch: float64 [1 + metrics]."""
         rows = len(batch["label"])
         sums = torch.zeros(self._metrics.num_sums, dtype=torch.float64)
@@ -286,7 +307,7 @@ class Worker:
             local.copy_(published)
 
     def _place_parameters(self, frame: Frame) -> memoryview | None:
-        return self._published.bytes() if frame.kind is Kind.PUBLISH else None
+        return self._published[frame.version].bytes() if frame.kind is Kind.PUBLISH else None
 
     def _blame(self, batch: Batch, step: int, shard: int) -> _Blame:
         return _Blame(batch, step, shard)

@@ -84,6 +84,11 @@ class Plan:
         """
         return self._given(step_in_epoch, shard), self._given(step_in_epoch + 1, shard)
 
+    def num_microbatch_rows(self, step_in_epoch: int, shard: int) -> int:
+        """Rows of microbatch (step_in_epoch, shard), the same in every epoch. A last partial step may have none."""
+        start, stop = self.cut(step_in_epoch, shard)
+        return stop - start
+
     @cached_property
     def smallest_microbatch(self) -> int:
         """The fewest rows of any microbatch that has any."""

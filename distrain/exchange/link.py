@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -39,9 +39,9 @@ class Kind(IntEnum):
     HELLO = 2  # worker -> server: proof, rank, layout digest
     WELCOME = 3  # server -> worker: your incarnation; shared memory follows as file descriptors
     PUBLISH = 4  # server -> worker without shared memory: the parameters
-    TRAIN = 5  # server -> worker: compute the gradients of these shards at this step
-    VALIDATE = 6  # server -> worker: compute the metrics of these shards at this validation step
-    PUSH = 7  # worker -> server: the sum over a block of shards
+    TRAIN = 5  # server -> worker: compute the gradients of these microbatches; payload: see pack_microbatches
+    VALIDATE = 6  # server -> worker: compute the metrics of these microbatches of the validation rows
+    PUSH = 7  # worker -> server: the sum over a block of places
     FAILED = 8  # worker -> server: the user's code or data failed; JSON payload
     STOP = 9  # server -> worker: the run is over
 
@@ -52,12 +52,13 @@ class Frame:
 
     kind: Kind
     round: int = 0  # the exchange this belongs to; a push repeats the one it answers
-    step: int = 0  # training step or validation step
-    first: int = 0  # shards [first, stop)
+    step: int = 0  # training step or validation step of the plan, from 0
+    first: int = 0  # places in the round [first, stop): its shards, where no payload says otherwise
     stop: int = 0
     incarnation: int = 0
-    slot: int = 0  # where in the push buffer the block's vector lies
-    samples: int = 0
+    slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
+    version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
+    samples: int = 0  # push: rows of the block; task: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
     loss: float = 0.0  # sum over the samples
     norm: float = 0.0  # reserved for the microbatches' gradient norms
@@ -74,6 +75,23 @@ class Frame:
         if not isinstance(value, dict):
             raise LinkError(f"a {self.kind.name} frame holds {type(value).__name__} where an object was expected")
         return value
+
+
+def pack_microbatches(microbatches: Sequence[tuple[int, int]]) -> bytes:
+    """(step, shard) of each place of a task, where they are not simply the shards of one step: pairs of int32."""
+    return struct.pack(f"<{2 * len(microbatches)}i", *(number for pair in microbatches for number in pair))
+
+
+def unpack_microbatches(frame: Frame) -> list[tuple[int, int]]:
+    """The microbatches that a task asks for, in the order of their places."""
+    places = range(frame.first, frame.stop)
+    if not len(frame.payload):
+        return [(frame.step, place) for place in places]
+    try:
+        numbers = struct.unpack(f"<{2 * len(places)}i", frame.payload)
+    except struct.error as error:
+        raise LinkError(f"a {frame.kind.name} frame does not list its {len(places)} microbatches: {error}") from error
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 Sink = Callable[[Frame], memoryview | None]
@@ -240,21 +258,35 @@ def _received(count: int) -> int:
 
 def _pack(frame: Frame, num_bytes: int) -> bytes:
     return _HEADER.pack(
-        frame.kind, frame.first, frame.stop, frame.incarnation, frame.slot, 0, frame.round, frame.step,
+        frame.kind, frame.first, frame.stop, frame.incarnation, frame.slot, frame.version, frame.round, frame.step,
         frame.samples, frame.data_bytes, frame.loss, frame.norm, frame.data_s, frame.compute_s, num_bytes,
     )  # fmt: skip
 
 
 def _unpack(header: bytearray) -> tuple[Frame, int]:
-    kind, first, stop, incarnation, slot, _, round_, step, samples, data_bytes, loss, norm, data_s, compute_s, size = (
-        _HEADER.unpack(header)
-    )
+    kind, *fields, size = _HEADER.unpack(header)
+    first, stop, incarnation, slot, version, round_, step, samples, data_bytes, loss, norm, data_s, compute_s = fields
     try:
         kind = Kind(kind)
     except ValueError as error:
         raise LinkError(f"a frame of unknown kind {kind} came: the other end is not a distrain worker") from error
     return (
-        Frame(kind, round_, step, first, stop, incarnation, slot, samples, data_bytes, loss, norm, data_s, compute_s),
+        Frame(
+            kind,
+            round_,
+            step,
+            first,
+            stop,
+            incarnation,
+            slot,
+            version,
+            samples,
+            data_bytes,
+            loss,
+            norm,
+            data_s,
+            compute_s,
+        ),
         size,
     )
 

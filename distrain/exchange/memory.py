@@ -148,6 +148,11 @@ class Published:
         """The whole of it as raw bytes, for a frame."""
         return memoryview(self.buffer._map)[: self.layout.published_bytes]
 
+    def copy_from(self, other: Published) -> None:
+        """Take over the values of another one of the same layout."""
+        self.floats.copy_(other.floats)
+        self.ints.copy_(other.ints)
+
     def adopt_parameters(self, model: nn.Module, copy_in: bool) -> None:
         """Make the model's parameters views into this memory; with `copy_in`, bring their values along."""
         for (_, parameter), view in zip(
@@ -173,18 +178,24 @@ class Published:
 class PushSlots:
     """The vectors in which one worker sums up its gradients, each of `layout.num_floats` float32 values.
 
-    Memory is given only to the slots that are touched.
+    There are `num_sets` sets of `set_size` slots: a set for each round that may be in flight. Memory is given only to
+    the slots that are touched.
     """
 
-    def __init__(self, layout: Layout, num_slots: int, fd: int | None = None) -> None:
+    def __init__(self, layout: Layout, set_size: int, num_sets: int = 1, fd: int | None = None) -> None:
         self._layout = layout
         self._stride = -(-layout.vector_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        self.num_slots = num_slots
-        self.buffer = SharedBuffer(self._stride * num_slots, fd)
-        self._vectors = [self.buffer.floats(slot * self._stride, layout.num_floats) for slot in range(num_slots)]
+        self._set_size, self.num_sets = set_size, num_sets
+        self.num_slots = set_size * num_sets
+        self.buffer = SharedBuffer(self._stride * self.num_slots, fd)
+        self._vectors = [self.buffer.floats(slot * self._stride, layout.num_floats) for slot in range(self.num_slots)]
 
     def __getitem__(self, slot: int) -> Tensor:
         return self._vectors[slot]
+
+    def of_set(self, number: int) -> range:
+        """The slots of a set."""
+        return range(number * self._set_size, (number + 1) * self._set_size)
 
     def bytes(self, slot: int) -> memoryview:
         """A slot's raw bytes, for a frame."""

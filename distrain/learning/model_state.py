@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from distrain.errors import CheckpointError, TrainingError
 
 
-def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Serialize tensors of any shape and dtype as one safetensors file.
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors of any shape and dtype, each to contiguous memory of its own.
 
-    Every name gets bytes of its own: parameters that are views into one buffer, or tied to each other, are written
-    out in full, so that any reader of safetensors finds each of them.
+    So parameters that are views into one buffer, or tied to each other, are each written out in full, and any reader of
+    safetensors finds all of them.
     """
-    own = {
+    return {
         name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return save(own)
 
 
-def model_bytes(model: nn.Module) -> bytes:
-    """Return the model's `state_dict` (parameters and persistent buffers) as safetensors bytes.
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's `state_dict` (parameters and persistent buffers).
 
     Raises TrainingError where the state holds something that is not a tensor (a module's `get_extra_state`).
     """
@@ -34,7 +33,12 @@ def model_bytes(model: nn.Module) -> bytes:
             raise TrainingError(
                 f"the model's state holds {name}, a {type(value).__name__}: only tensors can be written to a checkpoint"
             )
-    return tensors_to_bytes(state)
+    return dict(state)
+
+
+def model_bytes(model: nn.Module) -> bytes:
+    """Return the model's `state_dict` as safetensors bytes. Raises TrainingError as `model_state` does."""
+    return save(copied(model_state(model)))
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The state of any torch.optim optimizer as safetensors bytes and JSON-able values, and back to the bit."""
+"""The state of any torch.optim optimizer as tensors by name and JSON-able values, and back to the bit."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from distrain.errors import CheckpointError
-from distrain.learning.model_state import tensors_to_bytes
 
 # JSON knows neither tensors nor tuples: a dict with one of these keys stands for one.
 _TENSOR = "$tensor"
 _TUPLE = "$tuple"
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[bytes, dict[str, Any]]:
-    """Return (safetensors bytes of every tensor of the state, everything else as JSON-able values).
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (every tensor of the state by name, not copied; everything else as JSON-able values).
 
     The second part has the shape of `optimizer.state_dict()`, with the names of tensors in place of the tensors.
     """
@@ -34,7 +33,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[bytes, dict[str, A
             for number, group in enumerate(state["param_groups"])
         ],
     }
-    return tensors_to_bytes(tensors), scalars
+    return tensors, scalars
 
 
 def unpack_optimizer(

@@ -1,16 +1,23 @@
-"""Who owes which shard of the round in flight. A pure state machine: no sockets, no tensors, no clock.
+"""Who owes which microbatch of the rounds in flight. A pure state machine: no sockets, no tensors, no clock.
 
-A round is one exchange over all shards: a training step, or a step of validation. Every shard of a round is taken
-exactly once, whoever computes it and however often it arrives. A member is one incarnation of one worker; after it
-left, whatever still arrives from it is refused (fencing).
+A round is one exchange over a few microbatches: those of an update, or of a step of validation. A microbatch is known
+by its place in the round, 0..n-1 (in synchronous training: its shard). Each is taken exactly once, whoever computes it
+and however often it arrives. Several rounds may be in flight. A member is one incarnation of one worker; after it left,
+whatever still arrives from it is refused (fencing).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from distrain.reduction import Block
+from distrain.server.dealing import better_shares, even_shares
+
+_ROUNDS_BETWEEN_LOOKS = 16  # at the members' speeds
+_REMEMBERED = 64  # ways to deal
 
 
 class Verdict(Enum):
@@ -19,15 +26,16 @@ class Verdict(Enum):
     ACCEPTED = "accepted"
     FENCED = "its worker had been given up"
     LATE = "its step is over"
-    REPEATED = "its shards had been taken already"
-    NOT_OWED = "its worker did not owe these shards"
+    REPEATED = "another worker had delivered it"
+    NOT_OWED = "its worker did not owe it"
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Shards [first, stop) of the round in flight, owed by one incarnation."""
+    """Places [first, stop) of a round, for one incarnation to compute."""
 
     incarnation: int
+    round: int
     first: int
     stop: int
 
@@ -35,27 +43,35 @@ class Assignment:
 @dataclass(slots=True)
 class _Member:
     rank: int
-    owed: set[int] = field(default_factory=set)
+    speed: float | None = None  # microbatches a second
+    unanswered: dict[Assignment, set[int]] = field(default_factory=dict)  # -> places that have not come yet
+
+
+@dataclass(slots=True)
+class _Round:
+    open: set[int]
+    needed: int  # so many of its places make it whole
+    count: int
+    taken: list[tuple[int, int, int]] = field(default_factory=list)
+    orphans: set[int] = field(default_factory=set)  # open places that nobody owes
 
 
 class Ledger:
-    """Deals shards to members and takes each (round, shard) once.
+    """Deals the microbatches of rounds to members and takes each once.
 
-    `num_shards` never changes; members come and go. `join` and `leave` may be called at any time: the shards of the
-    round in flight that a leaver still owed are dealt again at once, a joiner takes part from the next round on, or
-    at once when nobody else is left to do the work.
+    Members come and go at any time: what a leaver still owed is dealt again at once; a joiner takes part from the next
+    round on, or at once where nobody else is left to do the work. A member that still computes what is no longer wanted
+    (another was faster, or the round is over) is *behind*, and is dealt nothing before it has answered. With
+    `one_at_a_time`, nobody is dealt a part of another round before having answered all there was.
     """
 
-    def __init__(self, num_shards: int) -> None:
-        if num_shards < 1:
-            raise ValueError(f"a ledger needs at least one shard, got {num_shards}")
-        self._num_shards = num_shards
+    def __init__(self, one_at_a_time: bool = False) -> None:
+        self._one_at_a_time = one_at_a_time
         self._members: dict[int, _Member] = {}
         self._next_incarnation = 0
-        self._round = -1
-        self._open: set[int] = set()  # shards of the round not taken yet
-        self._orphans: set[int] = set()  # open shards that nobody owes
-        self._taken: list[tuple[int, int, int]] = []
+        self._rounds: dict[int, _Round] = {}
+        # (count, members) -> as dealt last, and the round in which that was decided
+        self._shares: dict[tuple[int, tuple[int, ...]], tuple[list[int], int | None]] = {}
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -63,92 +79,194 @@ class Ledger:
         return tuple(sorted(self._members, key=lambda incarnation: (self._members[incarnation].rank, incarnation)))
 
     @property
-    def round(self) -> int:
-        """The round in flight, or the last one."""
-        return self._round
+    def rounds(self) -> tuple[int, ...]:
+        """The rounds in flight, oldest first."""
+        return tuple(self._rounds)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every shard of the round in flight has been taken."""
-        return not self._open
+    def missing(self, round_: int) -> tuple[int, ...]:
+        """The places of a round in flight that have not been taken."""
+        return tuple(sorted(self._rounds[round_].open))
 
-    @property
-    def taken(self) -> tuple[tuple[int, int, int], ...]:
-        """What was taken in this round: (incarnation, first shard, stop), in order of arrival."""
-        return tuple(self._taken)
+    def taken(self, round_: int) -> tuple[tuple[int, int, int], ...]:
+        """What was taken of a round in flight: (incarnation, first place, stop), in order of arrival."""
+        return tuple(self._rounds[round_].taken)
 
     def owes(self, incarnation: int) -> bool:
-        """Whether this member has shards of the round in flight still to deliver."""
+        """Whether something that is still wanted is to come from this member."""
         member = self._members.get(incarnation)
-        return member is not None and bool(member.owed)
+        return member is not None and any(self._wanted(a, places) for a, places in member.unanswered.items())
+
+    def is_idle(self, incarnation: int) -> bool:
+        """Whether nothing is to come from this member."""
+        return not self._members[incarnation].unanswered
+
+    def is_behind(self, incarnation: int) -> bool:
+        """Whether this member still computes something that is no longer wanted."""
+        return any(not self._wanted(a, places) for a, places in self._members[incarnation].unanswered.items())
+
+    def owed_by(self, incarnation: int) -> tuple[Assignment, ...]:
+        """The assignments of a member of which something that is still wanted is to come, oldest first."""
+        unanswered = self._members[incarnation].unanswered
+        return tuple(assignment for assignment, places in unanswered.items() if self._wanted(assignment, places))
+
+    def measured(self, incarnation: int, speed: float) -> None:
+        """This member computes so many microbatches a second."""
+        self._members[incarnation].speed = speed
 
     def join(self, rank: int) -> tuple[int, list[Assignment]]:
-        """A worker joins. Returns its incarnation, and work for it where shards lie idle."""
+        """A worker joins. Returns its incarnation, and work for it where some lies idle."""
         incarnation = self._next_incarnation
         self._next_incarnation += 1
         self._members[incarnation] = _Member(rank)
-        return incarnation, self._deal(self._take_orphans(), [incarnation])
+        return incarnation, self.claim(incarnation)
 
     def leave(self, incarnation: int) -> list[Assignment]:
-        """A member is gone or given up. Returns who does what it still owed."""
+        """A member is gone or given up. Returns who does what only it owed."""
         member = self._members.pop(incarnation, None)
         if member is None:
             return []
-        self._orphans |= member.owed
-        if not self._members:
-            return []
-        return self._deal(self._take_orphans(), list(self.members))
+        for assignment, places in member.unanswered.items():
+            self._orphan(assignment.round, places)
+        dealt: list[Assignment] = []
+        for round_ in self._rounds:
+            if able := self._able():
+                dealt += self._deal_orphans(round_, able)
+        return dealt
 
-    def begin(self, round_: int) -> list[Assignment]:
-        """Start a round. Returns the shards dealt, one span for each member that gets any."""
-        assert self.complete, f"round {self._round} still lacks shards {sorted(self._open)}"
-        assert round_ > self._round, f"round {round_} is not after {self._round}"
-        self._round = round_
-        self._open = set(range(self._num_shards))
-        self._taken = []
-        if not self._members:
-            self._orphans = set(self._open)
-            return []
-        return self._deal(sorted(self._open), list(self.members))
+    def begin(self, round_: int, count: int, to: int | None = None, needed: int | None = None) -> list[Assignment]:
+        """Start a round of `count` microbatches, for all members, or for the one named. Returns who does what.
+
+        Where fewer of them are `needed`, who is behind keeps its share, and nobody else computes that unless it is
+        needed.
+        """
+        assert count > 0 and (not self._rounds or round_ > max(self._rounds)), f"round {round_} of {count}"
+        flight = self._rounds[round_] = _Round(set(range(count)), needed or count, count, orphans=set(range(count)))
+        dealt: list[Assignment] = []
+        if flight.needed < count and to is None and self._members:
+            shares = even_shares(count, len(self._members))
+            stops = itertools.accumulate(shares)
+            for incarnation, share, stop in zip(self.members, shares, stops, strict=True):
+                if share and self._is_able(incarnation):
+                    dealt.append(self._owe(incarnation, round_, stop - share, stop))
+                    flight.orphans -= set(range(stop - share, stop))
+        able = self._able() if to is None else [to]
+        return dealt + (self._deal_orphans(round_, able) if able else [])
+
+    def close(self, round_: int) -> None:
+        """A round is over. What still comes of it is refused."""
+        del self._rounds[round_]
+
+    def claim(self, incarnation: int) -> list[Assignment]:
+        """What a member that can work may take of what nobody does."""
+        dealt: list[Assignment] = []
+        for round_ in self._rounds:
+            if self._is_able(incarnation):
+                dealt += self._deal_orphans(round_, [incarnation])
+        return dealt
+
+    def copy(self, assignment: Assignment, incarnation: int) -> Assignment:
+        """Have an idle member compute what another owes too. Whoever delivers first counts."""
+        return self._owe(incarnation, assignment.round, assignment.first, assignment.stop)
 
     def push(self, incarnation: int, round_: int, block: Block) -> Verdict:
-        """A member delivers the sum over a block of shards. Only ACCEPTED changes anything."""
+        """A member delivers the sum over a block of places. Only ACCEPTED changes what is taken."""
         member = self._members.get(incarnation)
         if member is None:
             return Verdict.FENCED
-        if round_ != self._round:
+        places = set(range(block.first, block.stop))
+        owed = self._answer(member, round_, places)
+        flight = self._rounds.get(round_)
+        if flight is None:
             return Verdict.LATE
-        shards = set(range(block.first, block.stop))
-        if not shards:
-            return Verdict.NOT_OWED
-        if not shards <= member.owed:
-            return Verdict.REPEATED if shards.isdisjoint(self._open) else Verdict.NOT_OWED
-        member.owed -= shards
-        self._open -= shards
-        self._taken.append((incarnation, block.first, block.stop))
+        if not owed:
+            return Verdict.REPEATED if places and places.isdisjoint(flight.open) else Verdict.NOT_OWED
+        if not places <= flight.open:
+            self._orphan(round_, places)
+            return Verdict.REPEATED
+        flight.open -= places
+        flight.orphans -= places
+        flight.taken.append((incarnation, block.first, block.stop))
         return Verdict.ACCEPTED
 
-    def _take_orphans(self) -> list[int]:
-        orphans, self._orphans = sorted(self._orphans), set()
-        return orphans
+    def _answer(self, member: _Member, round_: int, places: set[int]) -> bool:
+        """Note that these places came. Whether the member owed them."""
+        for assignment, unanswered in member.unanswered.items():
+            if assignment.round == round_ and places and places <= unanswered:
+                unanswered -= places
+                if not unanswered:
+                    del member.unanswered[assignment]
+                return True
+        return False
 
-    def _deal(self, shards: list[int], incarnations: list[int]) -> list[Assignment]:
-        """Deal shards out as evenly as they go, in order, as runs of consecutive shards."""
+    def _wanted(self, assignment: Assignment, places: Iterable[int]) -> bool:
+        flight = self._rounds.get(assignment.round)
+        return flight is not None and not flight.open.isdisjoint(places)
+
+    def _able(self) -> list[int]:
+        """Who can be dealt something, in rank order."""
+        return [incarnation for incarnation in self.members if self._is_able(incarnation)]
+
+    def _is_able(self, incarnation: int) -> bool:
+        return self.is_idle(incarnation) if self._one_at_a_time else not self.is_behind(incarnation)
+
+    def _orphan(self, round_: int, places: set[int]) -> None:
+        """Whatever of these is still open and owed by nobody is an orphan."""
+        flight = self._rounds.get(round_)
+        if flight is None:
+            return
+        owed = {
+            place
+            for member in self._members.values()
+            for assignment, unanswered in member.unanswered.items()
+            if assignment.round == round_
+            for place in unanswered
+        }
+        flight.orphans |= (places & flight.open) - owed
+
+    def _deal_orphans(self, round_: int, incarnations: Sequence[int]) -> list[Assignment]:
+        """Deal what nobody does and is needed, in order, as runs of consecutive places."""
+        flight = self._rounds[round_]
+        short = flight.needed - (flight.count - len(flight.orphans))
+        places = sorted(flight.orphans)[: max(0, short)]
+        if not places:
+            return []
+        flight.orphans -= set(places)
         assignments: list[Assignment] = []
-        count = len(incarnations)
-        for place, incarnation in enumerate(incarnations):
-            share = shards[place * len(shards) // count : (place + 1) * len(shards) // count]
-            self._members[incarnation].owed.update(share)
-            assignments += [Assignment(incarnation, first, stop) for first, stop in _runs(share)]
+        start = 0
+        for incarnation, share in zip(incarnations, self._share(len(places), tuple(incarnations)), strict=True):
+            for first, stop in _runs(places[start : start + share]):
+                assignments.append(self._owe(incarnation, round_, first, stop))
+            start += share
         return assignments
 
+    def _owe(self, incarnation: int, round_: int, first: int, stop: int) -> Assignment:
+        assignment = Assignment(incarnation, round_, first, stop)
+        self._members[incarnation].unanswered[assignment] = set(range(first, stop))
+        return assignment
 
-def _runs(shards: list[int]) -> list[tuple[int, int]]:
-    """Sorted shards as maximal spans [first, stop)."""
+    def _share(self, count: int, incarnations: tuple[int, ...]) -> list[int]:
+        """How many places each of these gets: as before, unless their speeds say that it pays to change."""
+        newest = max(self._rounds)
+        shares, looked_at = self._shares.get((count, incarnations), (even_shares(count, len(incarnations)), None))
+        if looked_at is not None and newest - looked_at < _ROUNDS_BETWEEN_LOOKS:
+            return shares
+        known = [speed for i in incarnations if (speed := self._members[i].speed) is not None]
+        if known:
+            mean = sum(known) / len(known)
+            speeds = [self._members[i].speed or mean for i in incarnations]
+            shares = better_shares(shares, speeds) or shares
+        while len(self._shares) >= _REMEMBERED:
+            self._shares.pop(next(iter(self._shares)))
+        self._shares[count, incarnations] = (shares, newest)
+        return shares
+
+
+def _runs(places: list[int]) -> list[tuple[int, int]]:
+    """Sorted places as maximal spans [first, stop)."""
     runs: list[tuple[int, int]] = []
-    for shard in shards:
-        if runs and runs[-1][1] == shard:
-            runs[-1] = (runs[-1][0], shard + 1)
+    for place in places:
+        if runs and runs[-1][1] == place:
+            runs[-1] = (runs[-1][0], place + 1)
         else:
-            runs.append((shard, shard + 1))
+            runs.append((place, place + 1))
     return runs

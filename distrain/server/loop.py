@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distrain import errors
-from distrain.checkpoint import Snapshot
 from distrain.config import ConvergenceConfig, EarlyStoppingConfig
 from distrain.data.plan import Plan
-from distrain.errors import DistrainError, LinkError, TrainingError
-from distrain.exchange.link import Frame, Hub, Kind, SocketLink
-from distrain.exchange.memory import PushSlots
+from distrain.errors import DistrainError
+from distrain.exchange.link import Hub, Kind
 from distrain.learning.fingerprint import parameters_sha256
 from distrain.learning.metrics import Metrics
-from distrain.learning.model_state import model_bytes
+from distrain.learning.model_state import copied, model_state
 from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer
 from distrain.records import Event, StepRecord, ValidationRecord
-from distrain.reduction import Block, Partial, TreeSum
-from distrain.server.ledger import Assignment, Ledger, Verdict
+from distrain.server.agenda import Agenda, FreeAgenda, StepAgenda
+from distrain.server.members import Member
 from distrain.server.parameter_server import ParameterServer
-from distrain.server.reports import Reports
+from distrain.server.reports import Captured, Reports
+from distrain.server.rounds import Round, Rounds
 from distrain.server.stopping import Stopping
-
-_POLL_SECONDS = 0.25  # how soon a request to stop is seen while nothing arrives
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,9 @@ class LoopSettings:
     min_workers: int = 1  # enough for the first step after `grace_s`
     grace_s: float = 10.0
     worker_timeout_s: float = 60.0
+    asynchronous: bool = False
+    staleness: int | None = 0  # None: unbounded, asynchronous only
+    quorum: int | None = None  # microbatches that make up an update; None: all
 
 
 @dataclass(frozen=True)
@@ -63,32 +61,7 @@ class Outcome:
     parameters_sha256: str
     training_s: float
     refused_pushes: int
-
-
-@dataclass
-class _Member:
-    """A worker that joined: its link, its push buffer, and until when it must answer."""
-
-    rank: int
-    incarnation: int
-    link: SocketLink
-    slots: PushSlots
-    launch: int
-    deadline: float = math.inf
-    published_round: int = -1
-
-
-@dataclass
-class _Round:
-    """One exchange in flight. Seconds and bytes are added up for each worker."""
-
-    kind: Kind
-    step: int
-    tree: TreeSum
-    data_s: dict[int, float] = field(default_factory=dict)
-    compute_s: dict[int, float] = field(default_factory=dict)
-    num_bytes: int = 0
-    lost_at: float | None = None  # time.perf_counter() when a worker that owed shards of it was given up
+    copied_microbatches: int
 
 
 class _Stopped(Exception):
@@ -118,22 +91,27 @@ class Loop:
         self._reports = reports
         self._metrics = metrics
         self._validation_plan = validation_plan
-        self._ledger = Ledger(plan.num_shards)
-        self._members: dict[int, _Member] = {}
-        self._by_link: dict[SocketLink, _Member] = {}
-        self._fenced: dict[SocketLink, _Member] = {}  # given up for their silence: what they still push is refused
-        self._round_number = -1
-        self._round: _Round | None = None
+        may_drop = settings.quorum is not None and settings.quorum < plan.num_shards
+        self._window = 1 if settings.asynchronous else 1 + (settings.staleness or 0)
+        sizes = (plan.steps_per_epoch, plan.num_shards, settings.epochs)
+        self._agenda: Agenda
+        if settings.asynchronous:
+            self._agenda = FreeAgenda(*sizes, settings.staleness, plan.num_microbatch_rows)
+        else:
+            self._agenda = StepAgenda(*sizes, may_drop, plan.num_microbatch_rows)
+        self._rounds = Rounds(
+            server, hub, plan.num_shards, self._window, settings.asynchronous, settings.worker_timeout_s, self._tell
+        )
+        self._flight: list[Round] = []  # training rounds, oldest first
         self._stopping = Stopping(settings.early_stopping, settings.convergence)
         self._stop_reason: str | None = None
-        self._abort: DistrainError | None = None
         self.step = 0
         self._last_snapshot = -1
         self._snapshot_at = time.monotonic()
         self._validation: dict[str, float] = {}
         self._validated_at = -1
         self._last_loss = math.nan
-        self._refused = 0
+        self._epoch_ended = False
         self._mark = 0.0
 
     def stop(self, reason: str) -> None:
@@ -142,15 +120,19 @@ class Loop:
 
     def abort(self, error: DistrainError) -> None:
         """End the run now; `run` raises `error`."""
-        self._abort = self._abort or error
+        self._rounds.abort(error)
 
-    def restore(self, step: int, state: dict[str, Any], optimizer: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint: `state` and `optimizer` as a snapshot holds them. The model is restored apart."""
+    def restore(
+        self, step: int, model: dict[str, torch.Tensor], state: dict[str, Any], optimizer: dict[str, torch.Tensor]
+    ) -> None:
+        """Go on from a checkpoint: `model`, `state` and `optimizer` as a snapshot holds them."""
         self.step = step
         self._last_snapshot = step
+        self._server.restore(step, model, optimizer)
         unpack_optimizer(self._server.optimizer, optimizer, state["optimizer"])
         self._server.schedule.load_state_dict(state["schedule"])
         self._stopping.load_state_dict(state["stopping"])
+        self._agenda.load_state_dict(state["agenda"])
         self._validation = dict(state["validation"])
         self._last_loss = state["train_loss"] if state["train_loss"] is not None else math.nan
 
@@ -159,15 +141,14 @@ class Loop:
         try:
             return self._run()
         finally:
-            for member in self._members.values():
-                self._hub.send(member.link, Frame(Kind.STOP))
-            self._hub.close()
+            self._rounds.end()
 
     def _run(self) -> Outcome:
         first_step = self.step
         samples = timed_samples = 0
         timed_s = 0.0
         status, reason = "finished", "all epochs done"
+        self._rounds.stepped(self.step)
         self._await_workers()
         start = self._mark = time.perf_counter()
         while not self._done():
@@ -197,40 +178,52 @@ class Loop:
             status=status,
             reason=reason,
             step=self.step,
-            epoch=self.step // self._plan.steps_per_epoch,
+            epoch=self._agenda.epoch,
             samples=samples,
             samples_per_second=timed_samples / timed_s if timed_s > 0 else 0.0,
             train_loss=self._last_loss,
             validation=self._validation,
             parameters_sha256=parameters_sha256(self._server.model),
             training_s=time.perf_counter() - start,
-            refused_pushes=self._refused,
+            refused_pushes=self._rounds.refused,
+            copied_microbatches=self._rounds.copied,
         )
 
     def _done(self) -> bool:
-        limit = self._settings.epochs * self._plan.steps_per_epoch
-        if self._settings.max_steps is not None:
-            limit = min(limit, self._settings.max_steps)
-        return self.step >= limit
+        return self._agenda.finished or self.step >= (self._settings.max_steps or math.inf)
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether a further update is wanted beside those in flight."""
+        return self.step + len(self._flight) < (self._settings.max_steps or math.inf)
 
     def _await_workers(self) -> None:
         """Let the workers join, so that the first step is dealt to all of them."""
         enough_at = time.monotonic() + self._settings.grace_s
-        while len(self._members) < self._settings.num_workers and self._stop_reason is None:
-            if time.monotonic() > enough_at and len(self._members) >= self._settings.min_workers:
+        while self._rounds.num_members < self._settings.num_workers and self._stop_reason is None:
+            if time.monotonic() > enough_at and self._rounds.num_members >= self._settings.min_workers:
                 return
-            self._poll()
+            self._rounds.poll()
 
     def _train_step(self) -> tuple[StepRecord, str | None]:
-        """One step: exchange, update, publish. Returns its record, and a reason to stop if the run has converged."""
-        round_, halves = self._exchange(Kind.TRAIN, self.step, self._plan)
-        update = self._server.apply(halves, self.step + 1)
-        epoch, _ = self._plan.position(self.step)
+        """One update: exchange, average, publish. Returns its record, and a reason to stop if the run has converged."""
+        round_ = self._next_round()
+        taken, dropped = self._rounds.close(round_)
+        read, lag = None, self.step - round_.read
+        if self._settings.asynchronous:
+            assert round_.owner is not None
+            read, lag = round_.owner.own, self.step - round_.reads[round_.owner.incarnation]
+        update = self._server.apply(round_.tree.parts, self.step + 1, read)
+        epoch, _ = self._plan.position(round_.microbatches[0][0])
         self.step += 1
+        self._rounds.stepped(self.step)
+        self._epoch_ended = self._agenda.applied([m for m in round_.microbatches if m not in dropped], dropped)
         self._last_loss = update.loss
         now = time.perf_counter()
         step_s, self._mark = now - self._mark, now
-        data_s, compute_s = max(round_.data_s.values()), max(round_.compute_s.values())
+        # Asynchronous workers compute while others do: an update's share of the time is what there was of each.
+        beside = max(1, self._rounds.num_members) if self._settings.asynchronous else 1
+        data_s, compute_s = max(round_.data_s.values()) / beside, max(round_.compute_s.values()) / beside
         record = StepRecord(
             step=self.step,
             epoch=epoch,
@@ -246,16 +239,51 @@ class Loop:
             exchange_s=max(0.0, step_s - data_s - compute_s - update.seconds),
             update_s=update.seconds,
             step_s=step_s,
-            workers=len(self._members),
-            taken=self._ledger.taken,
+            workers=self._rounds.num_members,
+            staleness=lag,
+            dropped=len(dropped),
+            taken=taken,
         )
         self._reports.step(record)
         return record, self._stopping.stepped(update.loss, update.grad_norm)
 
+    def _next_round(self) -> Round:
+        """Keep rounds in flight until the one to apply next is there: the oldest, or in asynchronous training the first
+        to be whole."""
+        while True:
+            self._begin_rounds()
+            candidates = self._flight if self._settings.asynchronous else self._flight[:1]
+            whole = [round_ for round_ in candidates if round_.whole_at is not None]
+            found = min(whole, key=lambda round_: round_.whole_at or 0, default=None)
+            if found is not None:
+                self._flight.remove(found)
+                return found
+            self._poll()
+
+    def _begin_rounds(self) -> None:
+        if self._settings.asynchronous:
+            for member, shards in self._rounds.idle():
+                if not self._may_begin or not (microbatches := self._agenda.next(shards)):
+                    return
+                self._flight.append(self._rounds.begin(Kind.TRAIN, microbatches, self.step, to=member))
+            return
+        while len(self._flight) < self._window and self._may_begin:
+            update = self.step + len(self._flight)
+            if not (microbatches := self._agenda.next()):
+                return
+            read = max(0, update - self._window + 1)
+            needed = self._settings.quorum
+            self._flight.append(self._rounds.begin(Kind.TRAIN, microbatches, read, update, needed=needed))
+
+    def _poll(self) -> None:
+        self._rounds.poll()
+        if self._stop_reason is not None and not self._rounds.num_members:
+            raise _Stopped
+
     def _after_step(self) -> str | None:
         """Validate and snapshot where they are due. Returns a reason to stop, if validation gave one."""
         why = None
-        epoch_end = self.step % self._plan.steps_per_epoch == 0
+        epoch_end = self._epoch_ended
         if self._validation_plan is not None and (epoch_end or _due(self.step, self._settings.validation_every_steps)):
             why = self._validate()
         every_s = self._settings.checkpoint_every_s
@@ -269,11 +297,15 @@ class Loop:
         start = time.perf_counter()
         sums, samples, loss = torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0
         for step in range(self._validation_plan.steps_per_epoch):
+            shards = [(step, shard) for shard in range(self._validation_plan.num_shards)]
+            round_ = self._rounds.begin(Kind.VALIDATE, shards, self.step)
             try:
-                _, halves = self._exchange(Kind.VALIDATE, step, self._validation_plan)
+                while round_.whole_at is None:
+                    self._poll()
             except _Stopped:
                 return None
-            for part in halves:
+            self._rounds.close(round_)
+            for part in round_.tree.parts:
                 sums += part.vector
                 samples += part.samples
                 loss += part.loss
@@ -281,7 +313,7 @@ class Loop:
         self._validated_at = self.step
         now = time.perf_counter()
         self._mark += now - start
-        epoch = (self.step - 1) // self._plan.steps_per_epoch
+        epoch = self._agenda.epoch - self._epoch_ended
         self._reports.validation(
             ValidationRecord(
                 self.step, epoch, time.time_ns() // 1_000_000, dict(self._validation), samples, now - start
@@ -291,22 +323,25 @@ class Loop:
         return self._stopping.validated(self._validation)
 
     def _snapshot(self) -> None:
+        """Copy the run's state, which is all that a checkpoint costs the step; whoever takes it serializes it."""
         self._server.load_buffers()
-        optimizer, scalars = pack_optimizer(self._server.optimizer)
+        tensors, scalars = pack_optimizer(self._server.optimizer)
         state = {
             "optimizer": scalars,
             "schedule": self._server.schedule.state_dict(),
             "stopping": self._stopping.state_dict(),
+            "agenda": self._agenda.state_dict(),
             "validation": self._validation,
             "train_loss": self._last_loss if math.isfinite(self._last_loss) else None,
         }
         metrics = self._validation if self._validated_at == self.step else {}
         self._reports.snapshot(
-            Snapshot(
+            Captured(
                 step=self.step,
-                epoch=self.step // self._plan.steps_per_epoch,
-                model=model_bytes(self._server.model),
-                optimizer=optimizer,
+                epoch=self._agenda.epoch,
+                epoch_finished=self._epoch_ended,
+                model=copied(model_state(self._server.model)),
+                optimizer=copied({**tensors, **self._server.stale(self.step)}),
                 state=state,
                 metrics=dict(metrics),
             )
@@ -314,135 +349,7 @@ class Loop:
         self._last_snapshot = self.step
         self._snapshot_at = time.monotonic()
 
-    def _exchange(self, kind: Kind, step: int, plan: Plan) -> tuple[_Round, tuple[Partial, ...]]:
-        """Have every shard of a step computed once. Returns the last two halves of the sum over all of them."""
-        self._round_number += 1
-        self._round = _Round(kind, step, TreeSum(plan.num_shards))
-        for assignment in self._ledger.begin(self._round_number):
-            self._assign(assignment)
-        while not self._ledger.complete:
-            self._poll()
-            if self._stop_reason is not None and not self._members:
-                raise _Stopped
-        halves = self._round.tree.halves
-        assert halves is not None
-        if self._round.lost_at is not None:
-            seconds = time.perf_counter() - self._round.lost_at
-            message = f"the step in flight was whole {seconds:.2f} s after the worker was given up"
-            self._tell("recovered", message, seconds=seconds)
-        return self._round, halves
-
-    def _assign(self, assignment: Assignment) -> None:
-        """Ask a worker for its shards; one without shared memory gets the parameters first."""
-        assert self._round is not None
-        member = self._members[assignment.incarnation]
-        if not member.link.shared and member.published_round != self._round_number:
-            self._hub.send(member.link, Frame(Kind.PUBLISH, payload=self._server.published.bytes()))
-            member.published_round = self._round_number
-        member.deadline = time.monotonic() + self._settings.worker_timeout_s
-        self._hub.send(
-            member.link,
-            Frame(self._round.kind, self._round_number, self._round.step, assignment.first, assignment.stop),
-        )
-
-    def _poll(self) -> None:
-        """Wait for whatever comes next and deal with it."""
-        if self._abort is not None:
-            raise self._abort
-        for link, what in self._hub.poll(_POLL_SECONDS):
-            member = self._by_link.get(link)
-            if isinstance(what, LinkError):
-                if member is not None:
-                    self._lose(member, what.message)
-                self._fenced.pop(link, None)
-            elif what.kind is Kind.HELLO:
-                self._welcome(link, what)
-            elif link in self._fenced:
-                if what.kind is Kind.PUSH:
-                    self._take_push(self._fenced[link], what)
-            elif member is None:
-                continue  # a link dropped a moment ago
-            elif what.kind is Kind.PUSH:
-                self._take_push(member, what)
-            elif what.kind is Kind.FAILED:
-                raise _reported(what.json())
-            else:
-                self._lose(member, f"it sent a {what.kind.name} frame, which only a server may")
-        now = time.monotonic()
-        for member in list(self._members.values()):
-            if now > member.deadline and self._ledger.owes(member.incarnation):
-                self._fenced[member.link] = member
-                self._lose(member, f"it was silent for {self._settings.worker_timeout_s:g} s")
-
-    def _welcome(self, link: SocketLink, frame: Frame) -> None:
-        """Take a proven worker in and hand it its buffers."""
-        hello = frame.json()
-        rank = int(hello["rank"])
-        if hello["layout"] != self._server.layout.digest:
-            raise TrainingError(
-                f"worker {rank} built another model than the server: names or shapes differ. The model factory must "
-                "give the same model on every host"
-            )
-        slots = PushSlots(self._server.layout, self._plan.num_shards)
-        if not link.shared:
-            link.sink = lambda push: slots.bytes(push.slot) if push.kind is Kind.PUSH and self._training else None
-        incarnation, assignments = self._ledger.join(rank)
-        member = _Member(rank, incarnation, link, slots, int(hello["launch"]))
-        self._members[incarnation] = self._by_link[link] = member
-        try:
-            link.send(Frame(Kind.WELCOME, incarnation=incarnation))
-            if link.shared:
-                link.send_descriptors([self._server.published.buffer.fd, slots.buffer.fd])
-        except LinkError as error:
-            self._lose(member, error.message)
-            return
-        slots.buffer.close()
-        self._tell("joined", f"worker {rank} joined (incarnation {incarnation})", member)
-        for assignment in assignments:
-            self._assign(assignment)
-
-    @property
-    def _training(self) -> bool:
-        return self._round is not None and self._round.kind is Kind.TRAIN
-
-    def _take_push(self, member: _Member, frame: Frame) -> None:
-        """Enter a push into the ledger and, if it counts, into the sum."""
-        block = Block(frame.first, frame.stop)
-        verdict = self._ledger.push(member.incarnation, frame.round, block)
-        if verdict is not Verdict.ACCEPTED or self._round is None:
-            self._refused += 1
-            self._tell(
-                "refused",
-                f"a push of worker {member.rank} for shards {block.first}..{block.stop - 1} of step {frame.step + 1} "
-                f"was refused: {verdict.value}",
-                member,
-            )
-            return
-        member.deadline = time.monotonic() + self._settings.worker_timeout_s
-        round_ = self._round
-        if round_.kind is Kind.TRAIN:
-            vector = member.slots[frame.slot]
-        else:
-            vector = torch.frombuffer(frame.payload, dtype=torch.float64)
-        round_.data_s[member.rank] = round_.data_s.get(member.rank, 0.0) + frame.data_s
-        round_.compute_s[member.rank] = round_.compute_s.get(member.rank, 0.0) + frame.compute_s
-        round_.num_bytes += frame.data_bytes
-        round_.tree.put(block, Partial(vector, frame.samples, frame.loss))
-
-    def _lose(self, member: _Member, cause: str) -> None:
-        """Fence a worker and have the others do what it still owed."""
-        if self._members.pop(member.incarnation, None) is None:
-            return
-        del self._by_link[member.link]
-        if member.link not in self._fenced:
-            self._hub.drop(member.link)
-        self._tell("lost", f"worker {member.rank} was given up: {cause}", member)
-        if self._round is not None and self._round.lost_at is None and self._ledger.owes(member.incarnation):
-            self._round.lost_at = time.perf_counter()
-        for assignment in self._ledger.leave(member.incarnation):
-            self._assign(assignment)
-
-    def _tell(self, kind: str, message: str, member: _Member | None = None, seconds: float | None = None) -> None:
+    def _tell(self, kind: str, message: str, member: Member | None = None, seconds: float | None = None) -> None:
         rank, launch = (member.rank, member.launch) if member is not None else (-1, -1)
         self._reports.event(
             Event(time.time_ns() // 1_000_000, kind, message, self.step, rank, launch=launch, seconds=seconds)
@@ -451,10 +358,3 @@ class Loop:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _reported(report: dict[str, Any]) -> DistrainError:
-    """The error a worker reported, as the same class here."""
-    kind = getattr(errors, str(report.get("error")), TrainingError)
-    message = str(report.get("message", json.dumps(report)))
-    return kind(message) if isinstance(kind, type) and issubclass(kind, DistrainError) else TrainingError(message)

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
 
 from distrain.checkpoint import Snapshot
 from distrain.records import Event, Report, StepRecord, ValidationRecord
 
 _MAX_SNAPSHOTS = 4
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A snapshot before it is serialized. Its tensors belong to nobody else."""
+
+    step: int
+    epoch: int
+    epoch_finished: bool
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    metrics: dict[str, float]
+
+    def serialized(self) -> Snapshot:
+        return Snapshot(
+            self.step, self.epoch, self.epoch_finished, save(self.model), save(self.optimizer), self.state, self.metrics
+        )
 
 
 class Reports:
@@ -19,7 +42,7 @@ class Reports:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._report = Report()
-        self._snapshots: deque[Snapshot] = deque()
+        self._snapshots: deque[Captured] = deque()
         self._num_drained = 0  # of the snapshots: their steps were drained
 
     def step(self, record: StepRecord) -> None:
@@ -34,7 +57,7 @@ class Reports:
         with self._lock:
             self._report.events.append(event)
 
-    def snapshot(self, snapshot: Snapshot) -> None:
+    def snapshot(self, snapshot: Captured) -> None:
         with self._lock:
             self._snapshots.append(snapshot)
             if len(self._snapshots) > _MAX_SNAPSHOTS:
@@ -56,4 +79,5 @@ class Reports:
             if not self._num_drained:
                 return None
             self._num_drained -= 1
-            return self._snapshots.popleft()
+            captured = self._snapshots.popleft()
+        return captured.serialized()

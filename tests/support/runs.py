@@ -31,6 +31,7 @@ class Job:
     schedule: ScheduleConfig | None = None
     clip: ClipConfig | None = None
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(epochs=1))
+    delay_compensation: float = 0.0
 
 
 @dataclass
@@ -55,7 +56,8 @@ def open_run(job: Job) -> Run:
     """Build the server and listen."""
     torch.set_num_threads(1)
     built = build_task(job.task)
-    server = ParameterServer(built.model, job.optimizer, job.schedule, job.clip)
+    staleness = 0 if job.loop.asynchronous else job.loop.staleness or 0
+    server = ParameterServer(built.model, job.optimizer, job.schedule, job.clip, staleness, job.delay_compensation)
     hub, reports = Hub(TOKEN, "127.0.0.1"), Reports()
     validation_plan = job.validation.plan if job.validation is not None else None
     loop = Loop(server, hub, job.train.plan, job.loop, reports, built.metrics, validation_plan)

@@ -1,0 +1,335 @@
+"""Rounds in flight: members on links, what they owe, and what they have pushed.
+
+The loop begins rounds and waits; here frames become entries of the ledger and parts of sums, workers join, are given up
+and helped out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distrain import errors
+from distrain.errors import DistrainError, LinkError, TrainingError
+from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_microbatches
+from distrain.exchange.memory import Published, PushSlots
+from distrain.reduction import Block, Partial, TreeSum
+from distrain.server.agenda import Microbatch
+from distrain.server.ledger import Assignment, Ledger, Verdict
+from distrain.server.members import Member, Task
+from distrain.server.parameter_server import ParameterServer
+
+_POLL_SECONDS = 0.25  # how soon a request to stop is seen while nothing arrives
+_HELP_SECONDS = 0.02  # how soon an idle worker helps one that is late
+
+Tell = Callable[..., None]
+"""Takes what happened: kind, message, and, where they apply, member and seconds."""
+
+
+@dataclass(eq=False)
+class Round:
+    """One exchange in flight. `read` is the update whose parameters it reads, `slots` the set of push slots for it.
+    Seconds are added up for each worker."""
+
+    number: int
+    kind: Kind
+    microbatches: tuple[Microbatch, ...]
+    needed: int
+    version: int
+    read: int
+    slots: int
+    tree: TreeSum
+    owner: Member | None = None  # of the push that came last
+    reads: dict[int, int] = field(default_factory=dict)  # asynchronous: incarnation -> update
+    data_s: dict[int, float] = field(default_factory=dict)
+    compute_s: dict[int, float] = field(default_factory=dict)
+    num_bytes: int = 0
+    taken: int = 0  # microbatches
+    whole_at: int | None = None  # its place in the order in which rounds became whole
+    lost_at: float | None = None  # time.perf_counter() when a worker that owed a part of it was given up
+
+
+class Rounds:
+    """Begins rounds, and polls until they are whole.
+
+    `free`: asynchronous, each member has parameters of its own, brought up to date whenever it is dealt something, and
+    is dealt one thing at a time. `window`: how many training rounds may be in flight otherwise.
+    """
+
+    def __init__(
+        self,
+        server: ParameterServer,
+        hub: Hub,
+        num_shards: int,
+        window: int,
+        free: bool,
+        timeout_s: float,
+        tell: Tell,
+    ) -> None:
+        self._server, self._hub, self._tell = server, hub, tell
+        self._num_shards, self._window, self._free, self._timeout_s = num_shards, window, free, timeout_s
+        self._ledger = Ledger(one_at_a_time=free)
+        self._members: dict[int, Member] = {}
+        self._by_link: dict[SocketLink, Member] = {}
+        self._fenced: dict[SocketLink, Member] = {}  # given up for their silence: what they still push is refused
+        self._open: dict[int, Round] = {}
+        self._numbers = itertools.count()
+        self._whole = itertools.count()
+        self._step = 0
+        self._helped_at = 0.0
+        self.refused = 0  # pushes of workers that had been given up
+        self.copied = 0  # microbatches given to a second worker
+        self._abort: DistrainError | None = None
+
+    @property
+    def num_members(self) -> int:
+        return len(self._members)
+
+    def abort(self, error: DistrainError) -> None:
+        """Have `poll` raise this. May be called from any thread."""
+        self._abort = self._abort or error
+
+    def idle(self) -> list[tuple[Member, range]]:
+        """The members that do nothing, each with the shards that are its own, in rank order."""
+        members = self._ledger.members
+        count, shards = len(members), self._num_shards
+        return [
+            (self._members[incarnation], range(place * shards // count, (place + 1) * shards // count))
+            for place, incarnation in enumerate(members)
+            if self._ledger.is_idle(incarnation)
+        ]
+
+    def begin(
+        self,
+        kind: Kind,
+        microbatches: Sequence[Microbatch],
+        read: int,
+        update: int = 0,
+        to: Member | None = None,
+        needed: int | None = None,
+    ) -> Round:
+        """Start a round, for everybody or for one member. It reads the parameters after update `read`; `update` is the
+        one that it is for. It is whole with `needed` microbatches, or with all."""
+        number, count = next(self._numbers), len(microbatches)
+        needed = min(needed or count, count)
+        version, slots = read % len(self._server.published), update % self._window
+        round_ = Round(number, kind, tuple(microbatches), needed, version, read, slots, TreeSum(count))
+        self._open[number] = round_
+        self._deal(self._ledger.begin(number, count, to.incarnation if to is not None else None, needed))
+        return round_
+
+    def close(self, round_: Round) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[Microbatch, ...]]:
+        """End a round. Returns what was taken, as (incarnation, step, first shard, stop), and what is missing."""
+        taken: list[tuple[int, int, int, int]] = []
+        for incarnation, first, stop in self._ledger.taken(round_.number):
+            for step, shard in round_.microbatches[first:stop]:
+                if taken and taken[-1][0] == incarnation and taken[-1][1] == step and taken[-1][3] == shard:
+                    taken[-1] = (*taken[-1][:3], shard + 1)
+                else:
+                    taken.append((incarnation, step, shard, shard + 1))
+        missing = tuple(round_.microbatches[place] for place in self._ledger.missing(round_.number))
+        self._ledger.close(round_.number)
+        del self._open[round_.number]
+        if round_.lost_at is not None and not missing:
+            seconds = time.perf_counter() - round_.lost_at
+            message = f"the step in flight was whole {seconds:.2f} s after the worker was given up"
+            self._tell("recovered", message, seconds=seconds)
+        return tuple(taken), missing
+
+    def poll(self) -> None:
+        """Wait for whatever comes next and deal with it. Raises what a worker reported, or `abort` was given."""
+        if self._abort is not None:
+            raise self._abort
+        someone_idle = any(self._ledger.is_idle(incarnation) for incarnation in self._members)
+        for link, what in self._hub.poll(_HELP_SECONDS if someone_idle else _POLL_SECONDS):
+            member = self._by_link.get(link)
+            if isinstance(what, LinkError):
+                if member is not None:
+                    self._lose(member, what.message)
+                self._fenced.pop(link, None)
+            elif what.kind is Kind.HELLO:
+                self._welcome(link, what)
+            elif link in self._fenced:
+                if what.kind is Kind.PUSH:
+                    self._take_push(self._fenced[link], what)
+            elif member is None:
+                continue  # a link dropped a moment ago
+            elif what.kind is Kind.PUSH:
+                self._take_push(member, what)
+            elif what.kind is Kind.FAILED:
+                if what.round in self._open:
+                    raise _reported(what.json())
+                self._lose(member, "it failed at a step that is over: parameters may have changed under it")
+            else:
+                self._lose(member, f"it sent a {what.kind.name} frame, which only a server may")
+        now = time.monotonic()
+        for member in list(self._members.values()):
+            if now > member.deadline and not self._ledger.is_idle(member.incarnation):
+                self._fenced[member.link] = member
+                self._lose(member, f"it was silent for {self._timeout_s:g} s")
+        if someone_idle and now - self._helped_at > _HELP_SECONDS / 2:
+            self._helped_at = now
+            self._help_the_late(now)
+
+    def end(self) -> None:
+        """Tell everybody that the run is over, and close the links."""
+        for member in self._members.values():
+            self._hub.send(member.link, Frame(Kind.STOP))
+        self._hub.close()
+
+    def _deal(self, assignments: Sequence[Assignment]) -> None:
+        for assignment in assignments:
+            self._assign(self._members[assignment.incarnation], assignment)
+
+    def _assign(self, member: Member, assignment: Assignment, is_copy: bool = False) -> None:
+        """Ask a worker for its part of a round; one without shared memory gets the parameters first."""
+        round_ = self._open[assignment.round]
+        version, read = round_.version, round_.read
+        if self._free and round_.kind is Kind.TRAIN:
+            assert member.own is not None
+            member.own.copy_from(self._server.current)
+            version, read = 1, self._step
+            round_.reads[member.incarnation] = read
+        if not member.link.shared and member.held.get(version) != read:
+            published = self._published(member)[version]
+            self._hub.send(member.link, Frame(Kind.PUBLISH, version=version, payload=published.bytes()))
+            member.held[version] = read
+        now = time.monotonic()
+        member.deadline = now + self._timeout_s
+        member.tasks[assignment] = Task(round_.kind, now, is_copy)
+        wanted = round_.microbatches[assignment.first : assignment.stop]
+        is_plain = all(wanted[0][0] == step and assignment.first + i == k for i, (step, k) in enumerate(wanted))
+        self._hub.send(
+            member.link,
+            Frame(
+                round_.kind,
+                round_.number,
+                wanted[0][0],
+                assignment.first,
+                assignment.stop,
+                slot=round_.slots,
+                version=version,
+                samples=len(round_.microbatches),
+                payload=b"" if is_plain else pack_microbatches(wanted),
+            ),
+        )
+
+    def stepped(self, step: int) -> None:
+        """The current parameters are those after this update."""
+        self._step = step
+
+    def _published(self, member: Member) -> list[Published]:
+        return self._server.published if member.own is None else [*self._server.published, member.own]
+
+    def _welcome(self, link: SocketLink, frame: Frame) -> None:
+        """Take a proven worker in and hand it its buffers."""
+        hello = frame.json()
+        rank = int(hello["rank"])
+        if hello["layout"] != self._server.layout.digest:
+            raise TrainingError(
+                f"worker {rank} built another model than the server: names or shapes differ. The model factory must "
+                "give the same model on every host"
+            )
+        layout = self._server.layout
+        slots = PushSlots(layout, self._num_shards, self._window)
+        if not link.shared:
+            link.sink = lambda push: slots.bytes(push.slot) if self._is_gradient(push) else None
+        incarnation, assignments = self._ledger.join(rank)
+        own = Published(layout) if self._free else None
+        member = Member(rank, incarnation, link, slots, int(hello["launch"]), own)
+        self._members[incarnation] = self._by_link[link] = member
+        published = self._published(member)
+        try:
+            link.send(Frame(Kind.WELCOME, incarnation=incarnation, version=len(published), slot=slots.num_sets))
+            if link.shared:
+                link.send_descriptors([*(vector.buffer.fd for vector in published), slots.buffer.fd])
+        except LinkError as error:
+            self._lose(member, error.message)
+            return
+        slots.buffer.close()
+        if own is not None:
+            own.buffer.close()
+        self._tell("joined", f"worker {rank} joined (incarnation {incarnation})", member)
+        self._deal(assignments)
+
+    def _is_gradient(self, push: Frame) -> bool:
+        """Whether this frame's payload belongs into a push slot. (What comes late goes to memory of its own.)"""
+        return push.kind is Kind.PUSH and push.round in self._open and self._open[push.round].kind is Kind.TRAIN
+
+    def _take_push(self, member: Member, frame: Frame) -> None:
+        """Enter a push into the ledger and, if it counts, into the sum."""
+        block = Block(frame.first, frame.stop)
+        verdict = self._ledger.push(member.incarnation, frame.round, block)
+        if verdict is Verdict.FENCED or verdict is Verdict.NOT_OWED:
+            self.refused += 1
+            self._tell(
+                "refused",
+                f"a push of worker {member.rank} for shards {block.first}..{block.stop - 1} of step {frame.step + 1} "
+                f"was refused: {verdict.value}",
+                member,
+            )
+            return
+        now = time.monotonic()
+        member.deadline = now + self._timeout_s
+        member.answered(frame, now)
+        if member.speed is not None:
+            self._ledger.measured(member.incarnation, member.speed)
+        if verdict is Verdict.ACCEPTED:
+            round_ = self._open[frame.round]
+            if round_.kind is Kind.TRAIN:
+                vector = member.slots[frame.slot]
+            else:
+                vector = torch.frombuffer(frame.payload, dtype=torch.float64)
+            round_.data_s[member.rank] = round_.data_s.get(member.rank, 0.0) + frame.data_s
+            round_.compute_s[member.rank] = round_.compute_s.get(member.rank, 0.0) + frame.compute_s
+            round_.num_bytes += frame.data_bytes
+            round_.taken += block.stop - block.first
+            round_.owner = member
+            round_.tree.put(block, Partial(vector, frame.samples, frame.loss))
+            if round_.taken >= round_.needed and round_.whole_at is None:
+                round_.whole_at = next(self._whole)
+        self._deal(self._ledger.claim(member.incarnation))
+
+    def _help_the_late(self, now: float) -> None:
+        """Give idle workers copies of what is late. Whoever pushes first counts, and the bits are the same."""
+        idle = [self._members[i] for i in self._ledger.members if self._ledger.is_idle(i)]
+        idle.sort(key=lambda member: member.seconds or 0.0, reverse=True)
+        known = [member.seconds for member in self._members.values() if member.seconds is not None]
+        usual = sum(known) / len(known) if known else None
+        tasks = [(a.round, a.first) for m in self._members.values() for a, task in m.tasks.items() if task.is_copy]
+        for member in list(self._members.values()):
+            owed = self._ledger.owed_by(member.incarnation)
+            if not owed or not member.is_late(owed[0], now, usual) or (owed[0].round, owed[0].first) in tasks:
+                continue
+            if not idle:
+                return
+            helper = idle.pop()
+            self.copied += owed[0].stop - owed[0].first
+            self._assign(helper, self._ledger.copy(owed[0], helper.incarnation), is_copy=True)
+
+    def _lose(self, member: Member, cause: str) -> None:
+        """Fence a worker and have the others do what it still owed."""
+        if self._members.pop(member.incarnation, None) is None:
+            return
+        del self._by_link[member.link]
+        if member.link not in self._fenced:
+            self._hub.drop(member.link)
+        self._tell("lost", f"worker {member.rank} was given up: {cause}", member)
+        owed = self._ledger.owed_by(member.incarnation)
+        for assignment in owed:
+            round_ = self._open[assignment.round]
+            round_.lost_at = round_.lost_at or time.perf_counter()
+        self._deal(self._ledger.leave(member.incarnation))
+
+
+def _reported(report: dict[str, Any]) -> DistrainError:
+    """The error a worker reported, as the same class here."""
+    kind = getattr(errors, str(report.get("error")), TrainingError)
+    message = str(report.get("message", json.dumps(report)))
+    return kind(message) if isinstance(kind, type) and issubclass(kind, DistrainError) else TrainingError(message)
