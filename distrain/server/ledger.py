@@ -45,6 +45,7 @@ class _Member:
     rank: int
     speed: float | None = None  # microbatches a second
     unanswered: dict[Assignment, set[int]] = field(default_factory=dict)  # -> places that have not come yet
+    copies: set[Assignment] = field(default_factory=set)  # among those: what it computes in another's stead
 
 
 @dataclass(slots=True)
@@ -60,8 +61,9 @@ class Ledger:
     """Deals the microbatches of rounds to members and takes each once.
 
     Members come and go at any time: what a leaver still owed is dealt again at once; a joiner takes part from the next
-    round on, or at once where nobody else is left to do the work. A member that still computes what is no longer wanted
-    (another was faster, or the round is over) is *behind*, and is dealt nothing before it has answered. With
+    round on, or at once where nobody else is left to do the work. A member that still computes a share of its own that
+    is no longer wanted (another was faster, or the round is over) is *behind*, and is dealt nothing before it has
+    answered. With
     `one_at_a_time`, nobody is dealt a part of another round before having answered all there was.
     """
 
@@ -101,8 +103,9 @@ class Ledger:
         return not self._members[incarnation].unanswered
 
     def is_behind(self, incarnation: int) -> bool:
-        """Whether this member still computes something that is no longer wanted."""
-        return any(not self._wanted(a, places) for a, places in self._members[incarnation].unanswered.items())
+        """Whether this member still computes a share of its own that is no longer wanted."""
+        member = self._members[incarnation]
+        return any(a not in member.copies and not self._wanted(a, places) for a, places in member.unanswered.items())
 
     def owed_by(self, incarnation: int) -> tuple[Assignment, ...]:
         """The assignments of a member of which something that is still wanted is to come, oldest first."""
@@ -166,7 +169,9 @@ class Ledger:
 
     def copy(self, assignment: Assignment, incarnation: int) -> Assignment:
         """Have an idle member compute what another owes too. Whoever delivers first counts."""
-        return self._owe(incarnation, assignment.round, assignment.first, assignment.stop)
+        copy = self._owe(incarnation, assignment.round, assignment.first, assignment.stop)
+        self._members[incarnation].copies.add(copy)
+        return copy
 
     def push(self, incarnation: int, round_: int, block: Block) -> Verdict:
         """A member delivers the sum over a block of places. Only ACCEPTED changes what is taken."""
@@ -195,6 +200,7 @@ class Ledger:
                 unanswered -= places
                 if not unanswered:
                     del member.unanswered[assignment]
+                    member.copies.discard(assignment)
                 return True
         return False
 

@@ -300,12 +300,11 @@ class Rounds:
         """Give idle workers copies of what is late. Whoever pushes first counts, and the bits are the same."""
         idle = [self._members[i] for i in self._ledger.members if self._ledger.is_idle(i)]
         idle.sort(key=lambda member: member.seconds or 0.0, reverse=True)
-        known = [member.seconds for member in self._members.values() if member.seconds is not None]
-        usual = sum(known) / len(known) if known else None
+        opening_s = max((member.opening_s or 0.0 for member in idle), default=0.0)
         tasks = [(a.round, a.first) for m in self._members.values() for a, task in m.tasks.items() if task.is_copy]
         for member in list(self._members.values()):
             owed = self._ledger.owed_by(member.incarnation)
-            if not owed or not member.is_late(owed[0], now, usual) or (owed[0].round, owed[0].first) in tasks:
+            if not owed or not member.is_late(owed[0], now, opening_s) or (owed[0].round, owed[0].first) in tasks:
                 continue
             if not idle:
                 return
