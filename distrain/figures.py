@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from matplotlib.axes import Axes
@@ -26,9 +26,7 @@ def loss_curve(training: Curve, validation: Curve = ((), ()), title: str = "Loss
     """
     steps, losses = _finite(training)
     validation_steps, validation_losses = _finite(validation)
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes()
     if len(steps) > _SMOOTH_ABOVE:
         axes.plot(steps, losses, color=_TRAINING, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _running_mean(steps, losses), color=_TRAINING, label="training (running mean)")
@@ -39,12 +37,35 @@ def loss_curve(training: Curve, validation: Curve = ((), ()), title: str = "Loss
     _scale(axes, losses + validation_losses)
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     if steps or validation_steps:
         axes.legend(frameon=False)
     return figure
+
+
+def staleness_histogram(updates: Mapping[int, int]) -> Figure:
+    """How stale gradients were: `updates` counts the updates of each staleness, itself counted in updates."""
+    figure, axes = _axes()
+    values = range(max(updates) + 1)
+    total = sum(updates.values())
+    axes.bar(values, [100 * updates.get(value, 0) / total for value in values], width=0.85, color=_TRAINING)
+    mean = sum(value * count for value, count in updates.items()) / total
+    axes.axvline(mean, color=_VALIDATION, linestyle="--", label=f"mean {mean:.2f}")
+    axes.set(xlabel="updates between reading the parameters and applying the gradient", ylabel="% of updates")
+    axes.set_title(f"Staleness of {total:,} updates")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
 
 
 def _finite(curve: Curve) -> tuple[list[int], list[float]]:

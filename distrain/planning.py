@@ -32,7 +32,7 @@ def preview(config: TrainConfig) -> Preview:
     layout = Layout.of(model)
     num_parameters = sum(p.numel() for p in model.parameters())
     plan = preparation.train.plan
-    steps = config.epochs * plan.steps_per_epoch
+    steps = config.epochs * preparation.updates_per_epoch
     where, asked, there, warnings = _resources(config)
     return Preview(
         files=_files(preparation),
@@ -43,7 +43,7 @@ def preview(config: TrainConfig) -> Preview:
         batch_size=config.batch_size,
         num_shards=plan.num_shards,
         smallest_microbatch=plan.smallest_microbatch,
-        steps_per_epoch=plan.steps_per_epoch,
+        steps_per_epoch=preparation.updates_per_epoch,
         epochs=config.epochs,
         total_steps=min(steps, config.max_steps) if config.max_steps is not None else steps,
         num_parameters=num_parameters,
@@ -51,7 +51,7 @@ def preview(config: TrainConfig) -> Preview:
         worker_bytes=_worker_bytes(config, preparation, layout),
         server_bytes={
             "process": _PROCESS_BYTES,
-            "parameters": layout.published_bytes,
+            "parameters": _published_vectors(config) * layout.published_bytes,
             "gradients": layout.vector_bytes,
             "optimizer": 2 * layout.vector_bytes,
             "checkpoint": 3 * layout.vector_bytes,
@@ -82,8 +82,20 @@ def _worker_bytes(config: TrainConfig, preparation: Preparation, layout: Layout)
     windows = 2 * shards * _largest_window(preparation.train)
     if preparation.validation is not None:
         windows += 2 * shards * _largest_window(preparation.validation)
-    blocks = 1 + shards.bit_length()
+    blocks = (1 + shards.bit_length()) * (1 + _staleness(config))
     return {"process": _PROCESS_BYTES, "windows": windows, "gradients": (1 + blocks) * layout.vector_bytes}
+
+
+def _staleness(config: TrainConfig) -> int:
+    """How many more rounds than one are in flight."""
+    return config.server.staleness or 0 if config.server.mode == "sync" else 0
+
+
+def _published_vectors(config: TrainConfig) -> int:
+    """How many vectors of parameters the server holds: the current ones, and what workers read beside them."""
+    if config.server.mode == "async":
+        return 1 + config.workers.count
+    return 1 if not config.server.staleness else 2 + config.server.staleness
 
 
 def _largest_window(source: Source) -> int:

@@ -19,6 +19,7 @@ class Preparation:
     train: Source
     validation: Source | None
     task: TaskSpec
+    updates_per_epoch: int  # with a quorum, the fewest
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
@@ -51,4 +52,5 @@ def prepare(config: TrainConfig) -> Preparation:
         standardize=config.data.standardize,
         seed=config.seed,
     )
-    return Preparation(train, validation, task)
+    updates = train.plan.num_microbatches if config.server.mode == "async" else train.plan.steps_per_epoch
+    return Preparation(train, validation, task, updates)

@@ -21,6 +21,8 @@ class StepSums:
     num_steps: int
     num_clipped: int
     samples: int
+    staleness: int
+    dropped: int  # microbatches
     num_bytes: int
     weighted_loss: float  # loss x samples
     grad_norm: float
@@ -43,6 +45,8 @@ class StepSums:
             num_steps=1,
             num_clipped=int(record.clipped),
             samples=record.samples,
+            staleness=record.staleness,
+            dropped=record.dropped,
             num_bytes=record.num_bytes,
             weighted_loss=record.loss * record.samples,
             grad_norm=record.grad_norm,
@@ -64,6 +68,8 @@ class StepSums:
         self.num_steps += later.num_steps
         self.num_clipped += later.num_clipped
         self.samples += later.samples
+        self.staleness += later.staleness
+        self.dropped += later.dropped
         self.num_bytes += later.num_bytes
         self.weighted_loss += later.weighted_loss
         self.grad_norm += later.grad_norm

@@ -141,7 +141,7 @@ class Trainer:
             self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
-        steps = config.epochs * preparation.train.plan.steps_per_epoch
+        steps = config.epochs * preparation.updates_per_epoch
         self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
         self._progress.phase("starting Ray")
         cluster = Cluster(config.cluster.address, config.workers.count, config.workers.cpus)
@@ -403,7 +403,7 @@ class Trainer:
         return RunInfo(
             run_name=self.run_name,
             total_steps=self._last_step,
-            steps_per_epoch=plan.steps_per_epoch,
+            steps_per_epoch=preparation.updates_per_epoch,
             epochs=config.epochs,
             num_rows=plan.num_rows,
             batch_size=config.batch_size,

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from distrain.checkpoint import MODEL, CheckpointStore, Snapshot, check_resumable, find, load, prune, survey, verify
 from distrain.durable import remove_leftovers
 from distrain.errors import CheckpointError
-from distrain.learning.model_state import tensors_to_bytes
 from distrain.manifest import FORMAT, read_manifest, seal
 from tests.support.disk import largest_file
 
@@ -37,8 +37,6 @@ CONFIG: dict[str, Any] = {
     "server": {"mode": "sync", "threads": None},
 }
 FIELDS: dict[str, Any] = {
-    "step_in_epoch": 3,
-    "epoch_finished": False,
     "run_name": "calm-owl",
     "mlflow_run_id": "0123456789abcdef0123456789abcdef",
     "tracking_uri": "https://me:p@ss@mlflow:5000",
@@ -56,7 +54,7 @@ def snapshot(step: int, **metrics: float) -> Snapshot:
     model = {"weight": torch.full((3, 2), float(step)), "count": torch.tensor(step)}
     optimizer = {"0.exp_avg": torch.arange(6.0).view(3, 2)}
     state = {"best": float("inf"), "optimizer": {"param_groups": [{"lr": 0.1}]}, "schedule": {"last_epoch": step}}
-    return Snapshot(step, step // 10, tensors_to_bytes(model), tensors_to_bytes(optimizer), state, metrics)
+    return Snapshot(step, step // 10, False, save(model), save(optimizer), state, metrics)
 
 
 @pytest.fixture
@@ -87,7 +85,12 @@ def test_what_is_written_is_loaded(store: CheckpointStore) -> None:
     assert checkpoint.model["count"].dtype == torch.int64
     assert torch.equal(checkpoint.optimizer["0.exp_avg"], torch.arange(6.0).view(3, 2))
     manifest = checkpoint.manifest
-    assert (manifest["step"], manifest["epoch"], manifest["step_in_epoch"], manifest["format"]) == (500, 50, 3, FORMAT)
+    assert (manifest["step"], manifest["epoch"], manifest["epoch_finished"], manifest["format"]) == (
+        500,
+        50,
+        False,
+        FORMAT,
+    )
     assert manifest["state"] == snapshot(500).state
     assert manifest["metrics"]["loss"] == 0.25
     json.loads((path / "manifest.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -106,7 +109,7 @@ def test_writing_needs_no_torch(tmp_path: Path) -> None:
     code = f"""
         import sys
         from distrain.checkpoint import MODEL, CheckpointStore, Snapshot
-        CheckpointStore({str(tmp_path)!r}).write(Snapshot(1, 0, b"model", b"optimizer", {{}}), {{}})
+        CheckpointStore({str(tmp_path)!r}).write(Snapshot(1, 0, False, b"model", b"optimizer", {{}}), {{}})
         assert "torch" not in sys.modules, "torch was imported"
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
@@ -251,7 +254,7 @@ def test_latest_of_an_empty_run_is_none(store: CheckpointStore) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(store: CheckpointStore) -> None:
-    big = Snapshot(2, 0, bytes(100_000), b"", {})
+    big = Snapshot(2, 0, False, bytes(100_000), b"", {})
     with largest_file(50_000), pytest.raises(CheckpointError, match="step-00000002: cannot write the checkpoint: File"):
         store.write(big, FIELDS)
     assert not store.directory.parent.exists()
@@ -264,7 +267,7 @@ def test_a_full_disk_leaves_nothing_behind(store: CheckpointStore) -> None:
 def test_a_failed_replacement_leaves_the_old_one(store: CheckpointStore) -> None:
     path = store.write(snapshot(2), FIELDS)
     with largest_file(50_000), pytest.raises(CheckpointError):
-        store.write(Snapshot(2, 0, bytes(100_000), b"", {}), FIELDS)
+        store.write(Snapshot(2, 0, False, bytes(100_000), b"", {}), FIELDS)
     assert names(store) == ["step-00000002"]
     verify(path)
 
@@ -297,7 +300,8 @@ def test_killed_at_any_moment(store: CheckpointStore, step: int) -> None:
             seen = 0
             child = os.fork()
             if not child:
-                CheckpointStore({str(store.directory)!r}).write(Snapshot({step}, 0, b"model", b"optimizer", {{}}), {{}})
+                snapshot = Snapshot({step}, 0, False, b"model", b"optimizer", {{}})
+                CheckpointStore({str(store.directory)!r}).write(snapshot, {{}})
                 os._exit(0)
             status = os.waitpid(child, 0)[1]
             print(moment, status, flush=True)

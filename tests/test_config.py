@@ -56,7 +56,7 @@ GOOD = "data: {train: rows, label: y}\n"
 
 
 def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
-    text = "data:\n  train: rows\nbatchsize: 3\nmodel: {hidden: [8, -1]}\nloss: mes\nclip: {}\nserver: {mode: async}\n"
+    text = "data:\n  train: rows\nbatchsize: 3\nmodel: {hidden: [8, -1]}\nloss: mes\nclip: {}\nserver: {mode: asinc}\n"
     assert sorted(problems(tmp_path, text, "optimizer.lr=fast", "nonsense")) == sorted(
         [
             'override "nonsense": write it as dotted.key=value, such as optimizer.lr=0.01',
@@ -66,7 +66,7 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
             "train.yaml:5: loss.name: 'mes' is not supported; it may be mse, cross_entropy, binary_cross_entropy; "
             "did you mean mse?",
             "train.yaml:6: clip: give exactly one of norm and value",
-            "train.yaml:7: server.mode: 'async' is not supported; it may be sync; did you mean sync?",
+            "train.yaml:7: server.mode: 'asinc' is not supported; it may be sync, async; did you mean async?",
             "override \"optimizer.lr=fast\": optimizer.lr: expected a number, got 'fast'",
         ]
     )
@@ -82,6 +82,13 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
         (GOOD + "model: {activation: no}\n", "YAML reads yes, no, on and off as true and false"),
         (GOOD + "shards: 999\n", "train.yaml: batch_size is 256 and there are 999 shards"),
         (GOOD + "workers: {count: 1, min: 2}\n", "workers.min is 2, more than workers.count, 1"),
+        (
+            GOOD + "server: {staleness: null}\n",
+            "server.staleness is null, any number, which only server.mode: async allows",
+        ),
+        (GOOD + "server: {quorum: 3}\n", "server.quorum is 3, more than the 2 shards of a step"),
+        (GOOD + "server: {mode: async, quorum: 2}\n", "server.quorum needs server.mode: sync"),
+        (GOOD + "server: {delay_compensation: 0.1}\n", "server.delay_compensation needs server.mode: async"),
         (GOOD + "early_stopping: {patience: 2}\n", "early_stopping needs data.validation"),
         (GOOD + "model: {name: mlp, factory: 'a:b'}\n", "train.yaml:2: model: give either name or factory, not both"),
         (GOOD + "workers: {gpus: 1}\n", "workers.gpus: 1 is not supported; it may be 0"),

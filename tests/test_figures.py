@@ -8,7 +8,7 @@ import math
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from distrain.figures import loss_curve
+from distrain.figures import loss_curve, staleness_histogram
 
 
 def lines(figure):
@@ -49,3 +49,10 @@ def test_any_curve_becomes_a_picture_without_a_screen(training):
     buffer = io.BytesIO()
     figure.savefig(buffer)
     assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_staleness_is_shown_as_shares_with_its_mean():
+    figure = staleness_histogram({0: 10, 2: 30})
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [25.0, 0.0, 75.0]
+    assert figure.axes[0].get_legend().get_texts()[0].get_text() == "mean 1.50"
+    assert figure.axes[0].get_title() == "Staleness of 40 updates"

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,7 +19,7 @@ from distrain.checkpoint import Checkpoint, CheckpointStore, Snapshot, load
 from distrain.config import TrainConfig
 from distrain.errors import CheckpointError, ConfigError, DataError, TrainingError
 from distrain.inference import evaluate, predict
-from distrain.learning.model_state import model_bytes, tensors_to_bytes
+from distrain.learning.model_state import copied, model_state
 from distrain.learning.models import build_model
 from tests.support.disk import largest_file
 
@@ -42,7 +43,7 @@ def checkpoint_of(
         "num_features": num_features,
         "num_outputs": num_outputs,
     }
-    snapshot = Snapshot(1, 0, model_bytes(model), tensors_to_bytes({}), {}, {})
+    snapshot = Snapshot(1, 0, False, save(copied(model_state(model))), save({}), {}, {})
     return load(CheckpointStore(folder / "run").write(snapshot, fields))
 
 

@@ -90,6 +90,12 @@ class Plan:
         return stop - start
 
     @cached_property
+    def num_microbatches(self) -> int:
+        """Microbatches of an epoch that have rows."""
+        last = self.steps_per_epoch - 1
+        return last * self.num_shards + sum(self.num_microbatch_rows(last, k) > 0 for k in range(self.num_shards))
+
+    @cached_property
     def smallest_microbatch(self) -> int:
         """The fewest rows of any microbatch that has any."""
         last = self.num_rows - (self.steps_per_epoch - 1) * self.batch_size

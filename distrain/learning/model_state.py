@@ -1,11 +1,10 @@
-"""A model's weights as safetensors bytes, and back."""
+"""A model's weights as tensors of their own, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from distrain.errors import CheckpointError, TrainingError
@@ -34,11 +33,6 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
                 f"the model's state holds {name}, a {type(value).__name__}: only tensors can be written to a checkpoint"
             )
     return dict(state)
-
-
-def model_bytes(model: nn.Module) -> bytes:
-    """Return the model's `state_dict` as safetensors bytes. Raises TrainingError as `model_state` does."""
-    return save(copied(model_state(model)))
 
 
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -117,7 +117,7 @@ def render(standing: Standing, elapsed_s: float, ascii_only: bool = False) -> Re
         Text(f"epoch {standing.epoch}/{info.epochs}", "bold"),
         Text(f"step {standing.step:,}/{info.total_steps:,}"),
         ProgressBar(total=max(info.total_steps, 1), completed=standing.step, width=_BAR_CELLS),
-        Text(f"{standing.step / max(info.total_steps, 1):.0%}"),
+        Text(f"{min(1.0, standing.step / max(info.total_steps, 1)):.0%}"),
         Text(f"{duration(elapsed_s)} elapsed" + (f", {duration(left)} left" if left is not None else ""), "dim"),
     )
     if now is None:

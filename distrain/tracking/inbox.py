@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,10 +32,12 @@ class Inbox:
         self._validations: list[ValidationRecord] = []
         self._events: list[Event] = []
         self._jobs: list[Job] = []
+        self._staleness = Counter[int]()
 
     def step(self, record: StepRecord) -> None:
         with self._lock:
             self._thinner.add(record)
+            self._staleness[record.staleness] += 1
 
     def validation(self, record: ValidationRecord) -> None:
         with self._lock:
@@ -58,6 +61,11 @@ class Inbox:
             if record.step > after_validation:
                 points += validation_points(record)
         return points
+
+    def staleness(self) -> dict[int, int]:
+        """How many updates had which staleness so far."""
+        with self._lock:
+            return dict(self._staleness)
 
     def take_events(self) -> list[Event]:
         with self._lock:

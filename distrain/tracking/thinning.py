@@ -34,10 +34,12 @@ def step_speed_points(steps: StepSums) -> list[Point]:
         "time/exchange_sec": steps.exchange_s / n,
         "time/update_sec": steps.update_s / n,
         "time/step_sec": steps.step_s / n,
-        "ps/staleness": 0.0,
+        "ps/staleness": steps.staleness / n,
         "ps/clipped": steps.num_clipped / n,  # the share of the steps
         "workers/alive": float(steps.workers),
     }
+    if steps.dropped:
+        values["ps/dropped"] = steps.dropped / n  # microbatches that came too late for the quorum
     # Six digits: more are noise, which the charts would zoom into.
     return _points({key: float(f"{value:.6g}") for key, value in values.items()}, steps)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from distrain.figures import loss_curve
+from distrain.figures import loss_curve, staleness_histogram
 from distrain.tracking.inbox import Inbox, Job
 from distrain.tracking.spool import Spool
 from distrain.tracking.store import MlflowRun, first_line, is_permanent
@@ -55,6 +55,10 @@ class Writer:
     def end(self, status: str) -> bool:
         """Deliver what is left and set the run's status. Returns whether all was delivered; says what was not."""
         self._jobs += [*self._inbox.take_jobs(), Job("loss_curve.png", _log_loss_curve)]
+        staleness = self._inbox.staleness()
+        if any(staleness):
+            figure = staleness_histogram(staleness)
+            self._jobs.append(Job("staleness.png", lambda run: run.log_figure("staleness.png", figure)))
         self.deliver(finish=True)
         if not self._is_away:
             try:

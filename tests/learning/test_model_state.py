@@ -7,12 +7,16 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import nn
 
 from distrain.errors import CheckpointError, TrainingError
 from distrain.learning.fingerprint import parameters_sha256
-from distrain.learning.model_state import model_bytes, restore_model
+from distrain.learning.model_state import copied, model_state, restore_model
+
+
+def save_model(model: nn.Module) -> bytes:
+    return save(copied(model_state(model)))
 
 
 class Tied(nn.Module):
@@ -41,7 +45,7 @@ def test_tied_and_shared_tensors_round_trip_in_place() -> None:
     flat_views(model)
     model.norm.running_mean.fill_(3.0)
     target = flat_views(other)
-    restore_model(other, load(model_bytes(model)))
+    restore_model(other, load(save_model(model)))
     assert parameters_sha256(other) == parameters_sha256(model)
     assert other.out.weight is other.embed.weight
     assert torch.equal(target[:16], model.embed.weight.detach().reshape(-1))  # the views are views still
@@ -52,7 +56,7 @@ def test_strided_and_integer_tensors_round_trip() -> None:
     model.register_buffer("transposed", torch.arange(6.0).view(2, 3).T)
     model.register_buffer("count", torch.tensor(2**40 + 1))
     model.register_buffer("nothing", torch.empty(0, 3))
-    back = load(model_bytes(model))
+    back = load(save_model(model))
     assert {name: (t.shape, t.dtype) for name, t in back.items()} == {
         name: (t.shape, t.dtype) for name, t in model.state_dict().items()
     }
@@ -60,7 +64,7 @@ def test_strided_and_integer_tensors_round_trip() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    tensors = load(model_bytes(nn.Linear(3, 2)))
+    tensors = load(save_model(nn.Linear(3, 2)))
     with pytest.raises(CheckpointError, match=r"weight: \[2, 3\] in the checkpoint, \[2, 4\] in the model"):
         restore_model(nn.Linear(4, 2), tensors)
     with pytest.raises(CheckpointError, match="bias: not in the model"):
@@ -75,7 +79,7 @@ def test_state_that_is_no_tensor_is_refused() -> None:
             return {"a": 1}
 
     with pytest.raises(TrainingError, match="_extra_state, a dict"):
-        model_bytes(Extra(2, 2))
+        model_state(Extra(2, 2))
 
 
 def test_fingerprint_is_over_parameters_then_buffers() -> None:

@@ -101,6 +101,12 @@ def test_points_reach_the_store(bench):
     assert bench.notes == []
 
 
+def test_stale_updates_make_a_histogram(bench):
+    bench.inbox.step(step(1, staleness=1))
+    assert bench.writer.end("FINISHED")
+    assert bench.run.figures == ["loss_curve.png", "staleness.png"]
+
+
 def test_while_the_store_is_away_points_wait_in_the_file_and_come_first_when_it_is_back(bench, at_once):
     bench.steps(1, 4)
     bench.writer.deliver()
