@@ -135,6 +135,10 @@ class ServerActor:
         if self._loop is not None:
             self._loop.stop(reason)
 
+    def retire(self, launch: int) -> None:
+        if self._loop is not None:
+            self._loop.retire(launch)
+
     def abort(self, error: DistrainError) -> None:
         if self._loop is not None:
             self._loop.abort(error)

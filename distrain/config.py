@@ -196,11 +196,23 @@ class WorkersConfig(_Section):
     """Who computes gradients."""
 
     count: Count = Field(2, description="Worker actors")
-    min: Count = Field(1, description="Fewer than this many left end the run")
+    min: Count = Field(1, description="Fewer than this many left end the run; with max set, enough to begin with")
+    max: Count | None = Field(None, description="Grow up to so many as the cluster gains room; null: count, no fewer "
+                              "at the start, no more later")  # fmt: skip
     cpus: Positive = Field(1, description="CPUs of each worker; it computes with as many threads")
     gpus: Literal[0] = Field(0, description="GPUs of each worker; only 0 is supported so far")
     precision: Literal["fp32"] = Field("fp32", description="Arithmetic of the workers; only fp32 is supported so far")
     timeout_seconds: Positive = Field(60, description="A worker silent for so long in a step is given up and replaced")
+
+    @property
+    def most(self) -> int:
+        """Workers at most."""
+        return self.count if self.max is None else self.max
+
+    @property
+    def needed(self) -> int:
+        """Workers without which a run does not begin."""
+        return self.count if self.max is None else self.min
 
 
 class ServerConfig(_Section):
@@ -315,6 +327,8 @@ class TrainConfig(_Section):
                 "each (raise batch_size, or lower shards or workers.count)"
             )
         self._check_server()
+        if self.workers.max is not None and self.workers.max < self.workers.count:
+            raise ValueError(f"workers.max is {self.workers.max}, less than workers.count, {self.workers.count}")
         if self.workers.min > self.workers.count:
             raise ValueError(f"workers.min is {self.workers.min}, more than workers.count, {self.workers.count}")
         if self.data.validation is None:

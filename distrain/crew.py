@@ -20,6 +20,9 @@ from distrain.supervision import Fail, GiveUp, Replace, Supervision
 
 _POLL_SECONDS = 0.25
 _END_SECONDS = 2.0
+_LOOK_SECONDS = 1.0  # how often the cluster is looked at for room gained and nodes about to go
+_BEFORE_THE_END_S = 5.0  # a worker for which no other room was found leaves its node so long before that goes
+MOVING = "moving to another node"
 
 
 class Crew:
@@ -38,7 +41,7 @@ class Crew:
         note: Callable[[str], None],
     ) -> None:
         self._placement, self._run, self._update, self._config, self._note = placement, run, update, workers, note
-        self._supervision = Supervision(workers.count, workers.min)
+        self._supervision = Supervision(workers.most, workers.min)
         self._server: Any = None
         self._ready: Any = None  # the server's call that makes it ready
         self._running: Any = None  # the server's call that trains
@@ -48,6 +51,9 @@ class Crew:
         self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
         self._step = 0  # the last that the server reported
         self._stop_sent = False
+        self._looked_at = 0.0
+        self._nodes: dict[int, str] = {}  # launch -> the node of the room it was started in
+        self._leaving: dict[int, int] = {}  # launch on a node that is about to go -> rank
 
     @property
     def failures(self) -> int:
@@ -62,8 +68,11 @@ class Crew:
             num_cpus=0, max_concurrency=4, max_restarts=0, scheduling_strategy=self._placement.for_server()
         ).remote()  # fmt: skip
         self._ready = self._server.prepare.remote(self._run, self._update, restored)
-        for rank in range(self._config.count):
-            self._start_worker(rank)
+        for rank in range(self._config.most):
+            if rank in self._placement.ranks:
+                self._start_worker(rank)
+            else:
+                self._placement.ask(rank)
 
     def await_server(self, should_stop: Callable[[], bool]) -> Ready | None:
         """Wait until the server has built the model, or says what is wrong with it. None when told to stop."""
@@ -94,6 +103,9 @@ class Crew:
         for due in [due for due in self._due if due[0] <= now]:
             self._due.remove(due)
             self._start_worker(due[1])
+        if now - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = now
+            self._look_at_cluster()
         return None
 
     def report(self) -> Report:
@@ -104,13 +116,38 @@ class Crew:
         for event in report.events:
             if event.kind == "joined":
                 self._supervision.joined(event.rank, event.step)
+                for launch, rank in self._leaving.items():
+                    if rank == event.rank and launch != event.launch:  # its replacement is there
+                        self._server.retire.remote(launch)
             elif event.kind == "lost" and event.launch in self._workers:
                 ray.kill(self._workers[event.launch])  # it may only hang
         return report
 
+    def _look_at_cluster(self) -> None:
+        """Start workers for which room came; move what runs on nodes that are about to go."""
+        for rank in self._placement.arrived():
+            self._start_worker(rank)
+        ends = self._placement.draining()
+        if self._placement.server_node in ends and not self._stop_sent:
+            self._server.stop.remote(MOVING)
+            self._stop_sent = True
+        for launch in [launch for launch, node in self._nodes.items() if node in ends and launch in self._workers]:
+            rank = next(rank for rank, number in self._worker_calls.values() if number == launch)
+            if launch not in self._leaving:
+                self._leaving[launch] = rank
+                self._placement.ask(rank)
+                self._note(f"the node of worker {rank} is about to go; it moves as soon as there is other room")
+            elif time.time() > ends[self._nodes[launch]] - _BEFORE_THE_END_S:
+                self._server.retire.remote(launch)
+
     def take_snapshot(self) -> Any:
         """The oldest snapshot waiting at the server, or None. Raises ServerLost when it is dead."""
         return _get(self._server.take_snapshot.remote())
+
+    def move(self) -> None:
+        """End all actors, so that `start` can start them elsewhere."""
+        self.close()
+        self._placement.settle()
 
     def dismiss(self, lost: ServerLost, furthest_step: int) -> None:
         """End what is left after the server died, and wait as long as is wise before the next start.
@@ -123,6 +160,7 @@ class Crew:
         if isinstance(decision, Fail):
             raise TrainingError(decision.message)
         time.sleep(decision.after_s)
+        self._placement.settle()
 
     def close(self) -> None:
         """End every actor that is left."""
@@ -140,8 +178,11 @@ class Crew:
         self._workers.clear()
         self._worker_calls.clear()
         self._due.clear()
+        self._nodes.clear()
+        self._leaving.clear()
 
     def _start_worker(self, rank: int) -> None:
+        """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node."""
         actor = ray.remote(WorkerActor).options(
             num_cpus=self._config.cpus, max_restarts=0, scheduling_strategy=self._placement.for_worker(rank)
         ).remote()  # fmt: skip
@@ -149,21 +190,26 @@ class Crew:
         launch, self._launches = self._launches, self._launches + 1
         call = actor.run.remote(rank, launch, self._run, self._ready, self._placement.server_node, threads)
         self._workers[launch] = actor
+        self._nodes[launch] = self._placement.nodes().get(rank, "")
         self._worker_calls[call] = (rank, launch)
 
     def _worker_ended(self, call: Any) -> None:
         """Decide what follows on a worker's end, and do it."""
         rank, launch = self._worker_calls.pop(call)
         del self._workers[launch]
+        self._nodes.pop(launch, None)
+        has_moved = self._leaving.pop(launch, None) is not None
         try:
             ray.get(call)
-            return  # told to stop: the run is over
+            return  # told to stop: the run is over, or it has moved
         except RayTaskError as error:
             cause: Exception = error.cause
             if isinstance(cause, DistrainError) and ray.wait([self._running], timeout=1.0)[0]:
                 return  # it told the server, which ends the run; or the server is gone
         except RayActorError as error:
             cause = error
+        if has_moved and any(other == rank for other, _ in self._worker_calls.values()):
+            return  # its replacement is there or starts
         decision = self._supervision.ended(rank, worker_failure(cause), self._step)
         match decision:
             case Replace(after_s=after_s):

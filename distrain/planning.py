@@ -121,7 +121,7 @@ def _resources(config: TrainConfig) -> tuple[str, dict[str, float], dict[str, fl
         shared = (f"{count} workers would share {room.there_cpus:g} cores",) if room.shared_cores else ()
         return "a local Ray of its own", asked, {"CPU": room.there_cpus}, shared
     try:
-        cluster = Cluster(address, count, cpus)
+        cluster = Cluster(address, config.workers)
     except DistrainError as error:
         return address, asked, {}, (error.message,)
     try:

@@ -47,7 +47,7 @@ class Event:
     """Something a person should hear about: a worker joined or was lost, a push was refused, a run stopped early."""
 
     time_ms: int
-    kind: str  # joined, lost, recovered, refused, restored, checkpoint, stopped
+    kind: str  # joined, left, lost, recovered, refused, restored, checkpoint, stopped
     message: str
     step: int = 0
     rank: int = -1  # the worker concerned

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 _MAX_FAILED_STARTS = 5
 _FIRST_BACK_OFF_S = 0.5
 
-
 SERVER = -1  # the server's place
 
 

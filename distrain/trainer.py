@@ -18,7 +18,7 @@ from distrain.actors import Restored, RunSpec, UpdateSpec
 from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
-from distrain.crew import Crew, worker_threads
+from distrain.crew import MOVING, Crew, worker_threads
 from distrain.errors import CheckpointError, Interrupted, ServerLost, TrackingError
 from distrain.history import History
 from distrain.learning.model_state import restore_model
@@ -144,7 +144,7 @@ class Trainer:
         steps = config.epochs * preparation.updates_per_epoch
         self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
         self._progress.phase("starting Ray")
-        cluster = Cluster(config.cluster.address, config.workers.count, config.workers.cpus)
+        cluster = Cluster(config.cluster.address, config.workers)
         signals.install()  # Ray has installed its own
         try:
             tracker = make_tracker(
@@ -200,22 +200,27 @@ class Trainer:
     def _train_with(self, crew: Crew, preparation: Preparation, tracker: Tracker) -> Outcome:
         """Have the crew train to the end; when the server dies, again from the last good checkpoint."""
         restored = self._restored(self._checkpoint)
+        is_started = False
         while True:
             try:
                 crew.start(restored)
                 ready = crew.await_server(lambda: self._stop_reason is not None)
                 if ready is None:
                     raise _StoppedEarly
-                if not self._lost_servers:
+                if not is_started:
+                    is_started = True
                     self._progress.started(self._run_info(preparation, ready.num_parameters))
                 writer = self._checkpoint_writer(preparation, crew, tracker)
                 outcome = self._watch(crew, writer, tracker)
-                break
+                if outcome.reason != MOVING or self._stop_reason is not None:
+                    break
+                crew.move()
+                restored = self._go_back("the parameter server's node is about to go", tracker)
             except ServerLost as lost:
                 self._lost_servers += 1
                 self._lost_at = self._lost_at or time.time()
                 crew.dismiss(lost, self._step)
-                restored = self._go_back(lost, tracker)
+                restored = self._go_back(lost.message, tracker)
         if writer.last_error is not None:
             raise writer.last_error
         return outcome
@@ -258,7 +263,7 @@ class Trainer:
         self._progress.report(new)
         writer.wake()
 
-    def _go_back(self, lost: ServerLost, tracker: Tracker) -> Restored | None:
+    def _go_back(self, why: str, tracker: Tracker) -> Restored | None:
         """Where the next server goes on: the last good checkpoint, or where this run began."""
         try:
             found = CheckpointStore(self._folder).latest()
@@ -269,7 +274,7 @@ class Trainer:
         self._written = checkpoint.path if checkpoint is not None else None
         restored = self._restored(checkpoint)
         step = restored.step if restored is not None else 0
-        message = f"{lost.message}; going on from step {step}, {self._step - step} steps before the last one reported"
+        message = f"{why}; going on from step {step}, {self._step - step} steps before the last one reported"
         if self._history is not None:
             self._history.restored(step)
         self._progress.note(message)
@@ -286,7 +291,7 @@ class Trainer:
             validation_every_steps=config.validation.every_steps,
             early_stopping=config.early_stopping,
             convergence=config.convergence,
-            num_workers=config.workers.count,
+            num_workers=min(config.workers.count, len(placement.ranks)),
             min_workers=config.workers.min,
             worker_timeout_s=config.workers.timeout_seconds,
             asynchronous=config.server.mode == "async",

@@ -86,6 +86,7 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
             GOOD + "server: {staleness: null}\n",
             "server.staleness is null, any number, which only server.mode: async allows",
         ),
+        (GOOD + "workers: {count: 3, max: 2}\n", "workers.max is 2, less than workers.count, 3"),
         (GOOD + "server: {quorum: 3}\n", "server.quorum is 3, more than the 2 shards of a step"),
         (GOOD + "server: {mode: async, quorum: 2}\n", "server.quorum needs server.mode: sync"),
         (GOOD + "server: {delay_compensation: 0.1}\n", "server.delay_compensation needs server.mode: async"),

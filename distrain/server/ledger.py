@@ -45,6 +45,7 @@ class _Member:
     rank: int
     speed: float | None = None  # microbatches a second
     unanswered: dict[Assignment, set[int]] = field(default_factory=dict)  # -> places that have not come yet
+    is_retiring: bool = False
     copies: set[Assignment] = field(default_factory=set)  # among those: what it computes in another's stead
 
 
@@ -98,6 +99,10 @@ class Ledger:
         member = self._members.get(incarnation)
         return member is not None and any(self._wanted(a, places) for a, places in member.unanswered.items())
 
+    def is_retiring(self, incarnation: int) -> bool:
+        """Whether this member is to leave."""
+        return self._members[incarnation].is_retiring
+
     def is_idle(self, incarnation: int) -> bool:
         """Whether nothing is to come from this member."""
         return not self._members[incarnation].unanswered
@@ -122,6 +127,10 @@ class Ledger:
         self._next_incarnation += 1
         self._members[incarnation] = _Member(rank)
         return incarnation, self.claim(incarnation)
+
+    def retire(self, incarnation: int) -> None:
+        """This member is to leave: it is dealt nothing more."""
+        self._members[incarnation].is_retiring = True
 
     def leave(self, incarnation: int) -> list[Assignment]:
         """A member is gone or given up. Returns who does what only it owed."""
@@ -213,6 +222,8 @@ class Ledger:
         return [incarnation for incarnation in self.members if self._is_able(incarnation)]
 
     def _is_able(self, incarnation: int) -> bool:
+        if self._members[incarnation].is_retiring:
+            return False
         return self.is_idle(incarnation) if self._one_at_a_time else not self.is_behind(incarnation)
 
     def _orphan(self, round_: int, places: set[int]) -> None:

@@ -122,6 +122,10 @@ class Loop:
         """End the run now; `run` raises `error`."""
         self._rounds.abort(error)
 
+    def retire(self, launch: int) -> None:
+        """Let the worker of this launch go at the next step."""
+        self._rounds.retire(launch)
+
     def restore(
         self, step: int, model: dict[str, torch.Tensor], state: dict[str, Any], optimizer: dict[str, torch.Tensor]
     ) -> None:

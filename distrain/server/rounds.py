@@ -86,6 +86,7 @@ class Rounds:
         self.refused = 0  # pushes of workers that had been given up
         self.copied = 0  # microbatches given to a second worker
         self._abort: DistrainError | None = None
+        self._retiring: set[int] = set()  # launches
 
     @property
     def num_members(self) -> int:
@@ -95,6 +96,10 @@ class Rounds:
         """Have `poll` raise this. May be called from any thread."""
         self._abort = self._abort or error
 
+    def retire(self, launch: int) -> None:
+        """Let a worker go once it has answered what it was asked. May be called from any thread."""
+        self._retiring.add(launch)
+
     def idle(self) -> list[tuple[Member, range]]:
         """The members that do nothing, each with the shards that are its own, in rank order."""
         members = self._ledger.members
@@ -102,7 +107,7 @@ class Rounds:
         return [
             (self._members[incarnation], range(place * shards // count, (place + 1) * shards // count))
             for place, incarnation in enumerate(members)
-            if self._ledger.is_idle(incarnation)
+            if self._ledger.is_idle(incarnation) and not self._ledger.is_retiring(incarnation)
         ]
 
     def begin(
@@ -173,6 +178,7 @@ class Rounds:
             if now > member.deadline and not self._ledger.is_idle(member.incarnation):
                 self._fenced[member.link] = member
                 self._lose(member, f"it was silent for {self._timeout_s:g} s")
+        self._let_go()
         if someone_idle and now - self._helped_at > _HELP_SECONDS / 2:
             self._helped_at = now
             self._help_the_late(now)
@@ -296,9 +302,20 @@ class Rounds:
                 round_.whole_at = next(self._whole)
         self._deal(self._ledger.claim(member.incarnation))
 
+    def _let_go(self) -> None:
+        """Send those away that are to leave and owe nothing any more."""
+        for member in [m for m in self._members.values() if m.launch in self._retiring]:
+            self._ledger.retire(member.incarnation)
+            if self._ledger.is_idle(member.incarnation):
+                self._retiring.discard(member.launch)
+                self._hub.send(member.link, Frame(Kind.STOP))
+                del self._members[member.incarnation], self._by_link[member.link]
+                self._deal(self._ledger.leave(member.incarnation))
+                self._tell("left", f"worker {member.rank} left its node, which is about to go", member)
+
     def _help_the_late(self, now: float) -> None:
         """Give idle workers copies of what is late. Whoever pushes first counts, and the bits are the same."""
-        idle = [self._members[i] for i in self._ledger.members if self._ledger.is_idle(i)]
+        idle = [member for member, _ in self.idle()]
         idle.sort(key=lambda member: member.seconds or 0.0, reverse=True)
         opening_s = max((member.opening_s or 0.0 for member in idle), default=0.0)
         tasks = [(a.round, a.first) for m in self._members.values() for a, task in m.tasks.items() if task.is_copy]

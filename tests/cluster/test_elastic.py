@@ -1,0 +1,72 @@
+"""Nodes that come, go, die and are preempted: the run adapts, and the weights stay the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.jobs import write_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.cluster]
+
+STEPS = 400
+
+
+def play(scenario: str, folder: Path, *overrides: str) -> dict[str, Any]:
+    """Have something happen to a run on a cluster of several nodes, and return what it says."""
+    write_job(folder)  # for its rows
+    job = write_job(
+        folder,
+        data={"train": str(folder / "train"), "label": "label", "shuffle_rows": 60},
+        model={"factory": "tests.support.slow:build", "args": {"seconds": 0.01}},
+        loss="cross_entropy",
+        epochs=STEPS // 10,
+        tracking={"enabled": False},
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.nodes", scenario, str(job), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"same"')))
+    assert said["same"] and said["steps"] == STEPS
+    return said
+
+
+def of_kind(said: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [event for event in said["events"] if event["kind"] == kind]
+
+
+def test_a_run_grows_with_the_cluster_and_shrinks_to_one(tmp_path: Path):
+    said = play("grow_and_shrink", tmp_path)
+    assert said["workers"][:3] == [1, 2, 3] and 1 in said["workers"][3:]
+    assert len(of_kind(said, "lost")) == 2
+    assert all(event["seconds"] < 1.0 for event in of_kind(said, "recovered"))
+
+
+def test_a_worker_moves_before_its_node_is_taken_away(tmp_path: Path):
+    said = play("preempt_worker", tmp_path)
+    assert of_kind(said, "lost") == []
+    [left] = of_kind(said, "left")
+    assert left["time_ms"] / 1000 < said["end"]
+    assert [event["rank"] for event in of_kind(said, "joined")][2:] == [left["rank"]], "its replacement came first"
+
+
+def test_the_server_moves_before_its_node_is_taken_away_and_no_step_is_done_again(tmp_path: Path):
+    said = play("preempt_server", tmp_path)
+    assert of_kind(said, "lost") == []
+    [moved] = [note for note in said["notes"] if "the parameter server's node is about to go" in note]
+    assert moved.endswith("0 steps before the last one reported")
+
+
+def test_a_killed_node_costs_no_step(tmp_path: Path):
+    said = play("kill_node", tmp_path)
+    [recovered] = of_kind(said, "recovered")
+    assert recovered["seconds"] < 1.0
