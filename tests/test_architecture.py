@@ -37,6 +37,8 @@ LAYERS = {
     "distrain.manifest": 1,
     "distrain.data.plan": 0,
     "distrain.server.ledger": 0,
+    "distrain.server.dealing": 0,
+    "distrain.server.agenda": 0,
     "distrain.reduction": 0,
     "distrain.supervision": 0,
     "distrain.config": 0,
