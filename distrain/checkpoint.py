@@ -277,10 +277,10 @@ def prune(run: str | Path, keep: int) -> list[Path]:
     return gone
 
 
-def check_resumable(
+def differences(
     manifest: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str | None]
-) -> None:
-    """Raise CheckpointError, naming each, where what decides the result differs from the checkpoint's run.
+) -> list[str]:
+    """What decides the result and differs from the checkpoint's run, a line each.
 
     `config` is the resolved configuration, nested, as JSON has it; `shards: null` in it means the checkpoint's.
     `fingerprints` are those of the data sets "train" and "validation". `FREE_KEYS` may change, and so may a data set's
@@ -291,19 +291,17 @@ def check_resumable(
         old["shards"] = old.get("workers.count")
     if new.get("shards") is None:
         new["shards"] = old["shards"]
-    problems = [
+    found = [
         f"{key}: {old.get(key)!r} in the checkpoint, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
     ]
-    problems += [
+    found += [
         f"data.{name}: the {name} data has changed (files, rows or columns) since the checkpoint was written"
         for name, fingerprint in manifest["data"].items()
         if fingerprint and fingerprints.get(name) and fingerprint != fingerprints[name]
     ]
-    if problems:
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise CheckpointError(f"the run cannot be resumed, since this decides its result:\n{lines}")
+    return found
 
 
 def _best(run: Path) -> Found:

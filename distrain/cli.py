@@ -87,8 +87,9 @@ def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.argument("run", metavar="RUN|CHECKPOINT")
 @_OVERRIDES
 @click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+@click.option("--anyway", is_flag=True, help="Go on although the data or what decides the weights has changed.")
 @_JSON
-def resume(run: str, overrides: tuple[str, ...], root: str, as_json: bool) -> None:
+def resume(run: str, overrides: tuple[str, ...], root: str, anyway: bool, as_json: bool) -> None:
     """Go on with a run where its last good checkpoint left it, in the same MLflow run.
 
     RUN is a run's name, its checkpoints' folder or its MLflow run id; CHECKPOINT is one checkpoint's folder. What
@@ -97,7 +98,7 @@ def resume(run: str, overrides: tuple[str, ...], root: str, as_json: bool) -> No
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer.resume(run, overrides, make_progress(), root, _BEGAN).fit().to_json(), as_json)
+    _print_result(Trainer.resume(run, overrides, make_progress(), root, _BEGAN, anyway).fit().to_json(), as_json)
 
 
 @main.command()

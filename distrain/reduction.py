@@ -98,10 +98,12 @@ class TreeSum:
         """The blocks that could not be merged further, in shard order."""
         return iter([self._by_first[first] for first in sorted(self._by_first)])
 
-    @property
-    def parts(self) -> tuple[Partial, ...]:
-        """At most two parts whose sum, left + right, is that of all that has been put: the halves of the tree where all
-        of it has been, else whatever is there, added from left to right, in place."""
+    def fold(self) -> tuple[Partial, ...]:
+        """Add up what there is, in place, to at most two parts whose sum, left + right, is that of all that was put.
+
+        They are the halves of the tree, once all of it was put; else whatever came, from left to right. To be called
+        once, at the end.
+        """
         left, *rest = [part for _, part in self]
         last = rest.pop() if rest else None
         for part in rest:

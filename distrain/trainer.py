@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distrain.actors import Restored, RunSpec, UpdateSpec
-from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, check_resumable, find, load
+from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, differences, find, load
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
 from distrain.crew import MOVING, Crew, worker_threads
@@ -77,6 +77,7 @@ class Trainer:
         self._began = time.time() if began is None else began
         self._progress = progress or SilentProgress()
         self._checkpoint = checkpoint
+        self._anyway = False  # resume although what decides the result has changed
         self._stop_reason: str | None = None
         self._step = checkpoint.manifest["step"] if checkpoint is not None else 0  # the furthest one told of
         self._validated_step = self._step
@@ -96,17 +97,21 @@ class Trainer:
         progress: Progress | None = None,
         root: str = "checkpoints",
         began: float | None = None,
+        anyway: bool = False,
     ) -> Trainer:
         """Go on from a checkpoint: a checkpoint's folder, a run's folder, its name, or its MLflow run id.
 
-        Raises CheckpointError when there is none, it is damaged, or `overrides` change what decides the result.
+        Raises CheckpointError when there is none, it is damaged, or what decides the result has changed: data, or keys
+        that `overrides` set. With `anyway` that is only said, and the epoch under way begins again.
         """
         found = find(reference, root)
         checkpoint = load(found.path)
         before = checkpoint.manifest["config"]
         config = TrainConfig.from_mapping(before, overrides)
-        check_resumable(checkpoint.manifest, config.to_mapping(), {})
-        return cls(config, progress, checkpoint, began)
+        trainer = cls(config, progress, checkpoint, began)
+        trainer._anyway = anyway
+        trainer._check_resumable(checkpoint, {})
+        return trainer
 
     def stop(self, reason: str = "asked to stop") -> None:
         """Finish the step in flight, write a checkpoint, and end. May be called from any thread."""
@@ -137,7 +142,11 @@ class Trainer:
         self._progress.phase("reading footers")
         preparation = prepare(config)
         if self._checkpoint is not None:
-            check_resumable(self._checkpoint.manifest, config.to_mapping(), preparation.fingerprints)
+            changed = self._check_resumable(self._checkpoint, preparation.fingerprints)
+            for line in changed:
+                self._progress.note(f"changed since the checkpoint: {line}")
+            if changed:
+                self._checkpoint.manifest["state"]["agenda"] = {"epoch": self._checkpoint.manifest["epoch"]}
             self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
@@ -164,6 +173,17 @@ class Trainer:
         finally:
             cluster.close()
         return result
+
+    def _check_resumable(self, checkpoint: Checkpoint, fingerprints: dict[str, str | None]) -> list[str]:
+        """What decides the result and has changed. Raises CheckpointError for it, unless told to go on anyway."""
+        changed = differences(checkpoint.manifest, self.config.to_mapping(), fingerprints)
+        if changed and not self._anyway:
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise CheckpointError(
+                f"the run cannot be resumed as it was, since this decides its result:\n{lines}\n"
+                "with --anyway it goes on from these weights, and begins the epoch under way again"
+            )
+        return changed
 
     def _note_other_bits(self, checkpoint: Checkpoint) -> None:
         """Say where the weights will not be the same to the bit as those of the run without the break."""
@@ -239,8 +259,7 @@ class Trainer:
 
     def _report(self, report: Report, writer: CheckpointWriter, tracker: Tracker) -> None:
         """Pass on what the server said; steps that a server repeats, which took over from a dead one, were told of."""
-        if self._history is not None:
-            self._history.steps(report.steps)
+        self._remember(lambda history: history.steps(report.steps))
         new = Report(
             [record for record in report.steps if record.step > self._step],
             [record for record in report.validations if record.step > self._validated_step],
@@ -263,6 +282,16 @@ class Trainer:
         self._progress.report(new)
         writer.wake()
 
+    def _remember(self, write: Callable[[History], None]) -> None:
+        """Append to the history, if one is kept. A disk that is full ends it, and not the run."""
+        if self._history is None:
+            return
+        try:
+            write(self._history)
+        except OSError as error:
+            self._history = None
+            self._progress.note(f"{self._folder / 'history.jsonl'} ends here: {error.strerror or error}")
+
     def _go_back(self, why: str, tracker: Tracker) -> Restored | None:
         """Where the next server goes on: the last good checkpoint, or where this run began."""
         try:
@@ -275,8 +304,7 @@ class Trainer:
         restored = self._restored(checkpoint)
         step = restored.step if restored is not None else 0
         message = f"{why}; going on from step {step}, {self._step - step} steps before the last one reported"
-        if self._history is not None:
-            self._history.restored(step)
+        self._remember(lambda history: history.restored(step))
         self._progress.note(message)
         tracker.event(Event(_now_ms(), "restored", message, step))
         return restored
@@ -346,8 +374,7 @@ class Trainer:
 
         def written(step: int, path: Path) -> None:
             self._written = path
-            if self._history is not None:
-                self._history.durable(step)
+            self._remember(lambda history: history.durable(step))
             tracker.event(Event(_now_ms(), "checkpoint", f"checkpoint {path}", step))
 
         def failed(step: int, error: CheckpointError) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from distrain.checkpoint import CheckpointStore, Snapshot
 from distrain.cli import main
 from tests.support.jobs import distrain, write_job, write_rows
 
@@ -198,6 +199,24 @@ def test_plan_says_what_a_run_would_be(job: Path):
     assert said["num_rows"] == 300 and said["steps_per_epoch"] == 10 and said["total_steps"] == 40
     assert said["num_shards"] == 4 and said["asked"] == {"CPU": 2}
     assert run("plan", job).exit_code == 0
+
+
+def test_checkpoints_are_listed_verified_and_pruned(tmp_path: Path):
+    store = CheckpointStore(tmp_path / "runs" / "calm-owl", keep=4)
+    written = [store.write(Snapshot(n, 0, False, b"m", b"o", {}, {"loss": 1 / n}), {}) for n in (10, 20, 30, 40)]
+    result = run("checkpoints", tmp_path / "runs", "--json")
+    assert result.exit_code == 0
+    assert [(e["step"], e["is_best"], e["problem"]) for e in json.loads(result.stdout)] == [
+        (40, True, None), (30, False, None), (20, False, None), (10, False, None),
+    ]  # fmt: skip
+    (written[1] / "model.safetensors").write_bytes(b"x")
+    result = run("checkpoints", tmp_path / "runs", "--json")
+    assert result.exit_code == 1 and "its content does not match its SHA-256" in result.stdout
+    result = run("checkpoints", tmp_path / "runs" / "calm-owl", "--prune", "1")
+    assert [path.is_dir() for path in written] == [False, True, False, True], "a damaged one is left to be looked at"
+    assert result.stderr.count("removed ") == 2 and "good, the best" in result.stdout.replace("\n", " ")
+    assert run("checkpoints", tmp_path).exit_code == 0, "all runs below"
+    assert "holds no checkpoints" in run("checkpoints", written[0].parent.parent.parent / "none").stderr
 
 
 def test_help_and_usage():

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from distrain.config import TrainConfig, load_config
-from distrain.errors import ClusterError, ConfigError, TrainingError
+from distrain.errors import CheckpointError, ClusterError, ConfigError, TrainingError
+from distrain.history import check
 from distrain.progress import SilentProgress
 from distrain.records import Report
 from distrain.trainer import Result, Trainer
@@ -67,6 +68,33 @@ def test_a_run_ended_in_the_middle_of_an_epoch_resumes_at_another_worker_count(u
     resumed = Trainer.resume(first.checkpoint, ["max_steps=null", "workers.count=2"]).fit()
     assert resumed.steps == 40
     assert resumed.parameters_sha256 == undisturbed.parameters_sha256
+
+
+def test_what_decides_the_result_may_only_change_on_request(cluster: None, job: Path):
+    first = fit(job, "max_steps=13")
+    assert first.checkpoint is not None
+    changes = ["batch_size=24", "max_steps=null"]
+    with pytest.raises(CheckpointError, match=r"batch_size: 32 in the checkpoint, now 24\n.*--anyway"):
+        Trainer.resume(first.checkpoint, changes)
+    resumed = Trainer.resume(first.checkpoint, changes, anyway=True).fit()
+    assert resumed.epochs == 4 and resumed.samples == 3 * 300, "the second epoch began again"
+
+
+def test_staleness_gives_the_same_bits_at_any_worker_count(undisturbed: Result, job: Path):
+    one, three = (fit(job, "server.staleness=2", f"workers.count={count}") for count in (1, 3))
+    assert one.parameters_sha256 == three.parameters_sha256 != undisturbed.parameters_sha256
+    assert one.steps == 40 and one.samples == 4 * 300
+
+
+@pytest.mark.parametrize(("server", "steps"), [("{mode: async, staleness: 1}", 160), ("{quorum: 3}", 40)])
+def test_updates_that_do_not_wait_for_all_take_every_row_once_an_epoch(
+    cluster: None, job: Path, server: str, steps: int
+):
+    result = fit(job, "workers.count=3", f"server={server}", "checkpoint.history=true")
+    assert result.samples == 4 * 300 and result.epochs == 4 and result.steps >= steps
+    assert result.checkpoint is not None
+    found, problems = check(Path(result.checkpoint).parent / "history.jsonl")
+    assert problems == [] and found.steps == result.steps
 
 
 def test_python_users_get_the_same_from_nested_values(undisturbed: Result, job: Path):

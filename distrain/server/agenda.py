@@ -33,7 +33,9 @@ class Agenda(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; where there is nothing but "epoch", from its beginning."""
+        ...
 
 
 class StepAgenda:
@@ -92,9 +94,10 @@ class StepAgenda:
         return {"epoch": self.epoch, "steps": self._applied, "dropped": [list(m) for m in self._dropped]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self._applied = state["epoch"], state["steps"]
+        self.epoch = state["epoch"]
+        self._applied = state.get("steps", self.epoch * self._length)
         self._dealt = self._applied
-        self._dropped = [(step, shard) for step, shard in state["dropped"]]
+        self._dropped = [(step, shard) for step, shard in state.get("dropped", [])]
         self._redealt = set()
 
 
@@ -170,6 +173,8 @@ class FreeAgenda:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self._start()
+        if "clocks" not in state:
+            return
         for shard, (clock, ahead) in enumerate(zip(state["clocks"], state["ahead"], strict=True)):
             self._clocks[shard] = clock
             self._done[shard] = {*range(min(clock, self._lengths[shard])), *ahead}

@@ -217,7 +217,7 @@ class Loop:
         if self._settings.asynchronous:
             assert round_.owner is not None
             read, lag = round_.owner.own, self.step - round_.reads[round_.owner.incarnation]
-        update = self._server.apply(round_.tree.parts, self.step + 1, read)
+        update = self._server.apply(round_.tree.fold(), self.step + 1, read)
         epoch, _ = self._plan.position(round_.microbatches[0][0])
         self.step += 1
         self._rounds.stepped(self.step)
@@ -309,7 +309,7 @@ class Loop:
             except _Stopped:
                 return None
             self._rounds.close(round_)
-            for part in round_.tree.parts:
+            for part in round_.tree.fold():
                 sums += part.vector
                 samples += part.samples
                 loss += part.loss

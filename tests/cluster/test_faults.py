@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import ray
 
-from distrain.checkpoint import MODEL
+from distrain.checkpoint import MODEL, CheckpointStore, Snapshot, verify
 from distrain.config import load_config
 from distrain.errors import DistrainError, TrainingDataError, TrainingError
 from distrain.history import Checked, check
@@ -179,6 +181,54 @@ def test_the_server_killed_and_the_latest_checkpoint_damaged(undisturbed: str, j
     result, found = fit_despite_damage(job, watcher)
     assert result.parameters_sha256 == undisturbed and found.restores == 1
     assert damaged
+
+
+def test_the_server_killed_while_a_checkpoint_is_being_written(
+    undisturbed: str, job: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write, killed = CheckpointStore.write, []
+
+    def write_and_kill(store: CheckpointStore, snapshot: Snapshot, fields: Mapping[str, Any]) -> Path:
+        if not killed and snapshot.step >= 50:
+            killed.append(snapshot.step)
+            kill("ServerActor")
+        return write(store, snapshot, fields)
+
+    monkeypatch.setattr(CheckpointStore, "write", write_and_kill)
+    result, found = fit(job, Watcher())
+    assert killed and found.restores == 1
+    assert result.parameters_sha256 == undisturbed
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: str, job: Path, tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+
+    class Filler(Watcher):
+        """Fills the disk at step 100, and makes room again at step 300."""
+
+        def report(self, report: Report) -> None:
+            super().report(report)
+            if self.seen and self.seen[-1][1] >= 300:
+                (disk / "filler").unlink(missing_ok=True)
+
+    def fill() -> None:
+        with suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+
+    watcher = Filler(fill)
+    try:
+        config = load_config(job, ["workers.count=2", f"checkpoint.dir={disk}", "checkpoint.keep=1"])
+        result = Trainer(config, watcher).fit()
+        assert result.parameters_sha256 == undisturbed
+        said = [note for note in watcher.notes if note.startswith("no checkpoint of step ")]
+        assert said and all("No space left on device" in note for note in said)
+        assert result.checkpoint is not None and verify(result.checkpoint)["step"] == STEPS
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def fit_despite_damage(job: Path, watcher: Watcher) -> tuple[Result, Checked]:

@@ -176,12 +176,11 @@ def test_shards_go_to_workers_by_their_speed(undisturbed):
         thread.join(10)
     assert outcome.parameters_sha256 == undisturbed
     steps = run.reports.drain().steps
-    by_rank_1 = [sum(stop - first for who, _, first, stop in record.taken if who == 1) for record in steps]
-    slow = steps[0].taken[1][0]
-    assert {who for record in steps for who, *_ in record.taken} == {0, 1} and slow in (0, 1)
     shares = [[sum(stop - first for w, _, first, stop in r.taken if w == who) for r in steps] for who in (0, 1)]
-    assert sorted([shares[0][0], shares[1][0]]) == [2, 2] and sorted([shares[0][-1], shares[1][-1]]) == [1, 3]
-    assert by_rank_1 in shares
+    assert [shares[0][0], shares[1][0]] == [2, 2]
+    # Over many steps, since a single one may be helped out or end late on a busy machine.
+    fast, slow = sorted((sum(share[len(steps) // 2 :]) for share in shares), reverse=True)
+    assert fast >= 2 * slow
 
 
 @pytest.mark.parametrize("links", ["unix", "tcp"])
