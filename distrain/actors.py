@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -147,14 +148,15 @@ class ServerActor:
 class WorkerActor:
     """A worker's process."""
 
-    def run(self, rank: int, launch: int, run: RunSpec, ready: Ready, server_node: str, num_threads: int) -> None:
-        """Join the server and serve it to the end."""
+    def run(self, rank: int, launch: int, run: RunSpec, ready: Ready, server_node: str, num_threads: int) -> int:
+        """Join the server and serve it to the end. Returns the most memory that this process ever held, in bytes."""
         run.prepare_process(num_threads)
         task = build_task(run.task)
         worker = Worker(rank, task.model, task.loss, task.metrics, run.train, run.validation, run.task.seed)
         same_node = ray.get_runtime_context().get_node_id() == server_node
         worker.join(ready.address, same_node, run.token, launch)
         worker.run()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def update_threads(cpus_of_workers: float) -> int:

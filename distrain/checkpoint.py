@@ -32,7 +32,7 @@ MODEL, OPTIMIZER, BEST = "model.safetensors", "optimizer.safetensors", "best.jso
 # free, since the data sets themselves are compared by fingerprint.)
 FREE_KEYS = (
     "workers", "epochs", "max_steps", "checkpoint", "tracking", "cluster", "validation", "early_stopping",
-    "convergence", "server.threads", "server.slices", "data.train", "data.validation",
+    "convergence", "target", "sweep", "server.threads", "server.slices", "data.train", "data.validation",
 )  # fmt: skip
 
 _STEP = re.compile(r"step-(\d{8,})")

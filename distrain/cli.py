@@ -17,6 +17,7 @@ from distrain.errors import ConfigError, DistrainError
 
 if TYPE_CHECKING:
     from distrain.config import TrainConfig
+    from distrain.study.record import Study
 
 _BEGAN = time.time()
 
@@ -104,18 +105,41 @@ def resume(run: str, overrides: tuple[str, ...], root: str, anyway: bool, as_jso
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_OVERRIDES
+@click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Predict the speed of so many; may be given "
+              "again. Needs --sweep.")  # fmt: skip
+@click.option("--sweep", help="The sweep whose measurements to predict from: its name, folder or MLflow id.")
+@click.option("--root", default="checkpoints", show_default=True, help="Folder in which sweeps lie.")
 @_JSON
-def plan(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say what a run would be, before anything starts: rows, shards, steps, memory, resources."""
+def plan(
+    config: Path, overrides: tuple[str, ...], workers: tuple[int, ...], sweep: str | None, root: str, as_json: bool
+) -> None:
+    """Say what a run would be, before anything starts: rows, shards, steps, memory, resources.
+
+    With a sweep that was run, also how fast other worker counts would be: distrain plan job.yaml --sweep NAME
+    --workers 16 --workers 64
+    """
+    if (sweep is None) != (not workers):
+        raise click.UsageError("--workers and --sweep go together: the prediction needs measurements")
     loaded = _load(config, overrides)
     from distrain.planning import preview
-    from distrain.progress import show_plan
+    from distrain.progress import show_forecasts, show_plan
 
     found = preview(loaded)
+    forecasts = []
+    if sweep is not None:
+        from distrain.study.forecast import forecast
+        from distrain.study.report import find
+
+        study, _ = find(sweep, root, loaded.tracking.uri)
+        forecasts = forecast(study.points, workers, loaded.batch_size, loaded.shards, found.steps_per_epoch)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
-    else:
-        show_plan(found)
+        predicted = {"forecasts": [asdict(each) for each in forecasts]} if forecasts else {}
+        click.echo(json.dumps({**found.to_json(), **predicted}))
+        return
+    show_plan(found)
+    if forecasts:
+        click.echo("\nPredicted from the sweep, where each worker has its cores to itself:")
+        show_forecasts(forecasts)
 
 
 @main.command()
@@ -202,6 +226,88 @@ def checkpoints(folder: Path, keep: int | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option("--grid", "grid", multiple=True, metavar="KEY=VALUE,VALUE", help="A key and its values; give it again "
+              "for further keys. Default: the configuration's sweep.grid.")  # fmt: skip
+@click.option("--target", metavar="METRIC=VALUE", help="Stop each point at this: validation.accuracy=0.97.")
+@click.option("--scale-lr", type=click.Choice(["linear", "sqrt", "none"]), help="How the rate follows batch_size.")
+@click.option("--name", help="The sweep's folder in checkpoint.dir; one that is there is gone on with.")
+@click.option("--parallel", "num_parallel", type=click.IntRange(min=1), help="Points at a time (default: as many as "
+              "the cluster has cores for).")  # fmt: skip
+@_JSON
+def sweep(
+    config: Path,
+    overrides: tuple[str, ...],
+    grid: tuple[str, ...],
+    target: str | None,
+    scale_lr: str | None,
+    name: str | None,
+    num_parallel: int | None,
+    as_json: bool,
+) -> None:
+    """Run CONFIG at every point of a grid, and say which batch size and how many workers pay.
+
+    distrain sweep jobs/digits.yaml --grid batch_size=64,256,1024 --grid workers.count=1,2 --target
+    validation.accuracy=0.97
+    """
+    from distrain.study.grid import parse_grid, parse_target
+
+    if grid:
+        overrides += (f"sweep.grid={json.dumps(parse_grid(grid))}",)
+    if target is not None:
+        overrides += (parse_target(target),)
+    if scale_lr is not None:
+        overrides += (f"sweep.scale_lr={scale_lr}",)
+    loaded = _load(config, overrides)
+    from distrain.progress import SweepLines
+    from distrain.study.report import publish
+    from distrain.study.sweep import Sweep
+
+    running = Sweep(loaded, name, SweepLines(), num_parallel)
+    study = running.run()
+    report = publish(study, running.folder, loaded.tracking)
+    if as_json:
+        click.echo(json.dumps(study.to_mapping()))
+    else:
+        _print_study(study, report.words, running.folder)
+
+
+@main.command()
+@click.argument("sweep", metavar="SWEEP")
+@click.option("--root", default="checkpoints", show_default=True, help="Folder in which sweeps lie.")
+@click.option("--tracking-uri", default="sqlite:///mlflow.db", show_default=True, help="Where SWEEP is a run's id.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="The HTML file (default: report.html in SWEEP).")
+def report(sweep: str, root: str, tracking_uri: str, output: Path | None) -> None:
+    """Report on SWEEP: table, figures and recommendation, as one HTML file.
+
+    SWEEP is a sweep's name, its folder, or the MLflow id of its parent run.
+    """
+    from distrain.study.report import build, find
+
+    study, folder = find(sweep, root, tracking_uri)
+    path = output or (folder or Path()) / "report.html"
+    report = build(study)
+    path.write_text(report.html)
+    _print_study(study, report.words, path.parent, path)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--tracking-uri", default="sqlite:///mlflow.db", show_default=True)
+@click.option("--experiment", default="distrain", show_default=True, help="Where RUN is a name.")
+def compare(runs: tuple[str, ...], tracking_uri: str, experiment: str) -> None:
+    """Print runs side by side: what they were given and differ in, and what came of it.
+
+    RUN is a run's name or MLflow id; a sweep's parent run stands for all of its points.
+    """
+    from distrain.progress import show_comparison
+    from distrain.tracking import compare_runs
+
+    show_comparison(compare_runs(tracking_uri, experiment, runs))
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=5000, show_default=True)
@@ -211,6 +317,16 @@ def ui(config: Path | None, host: str, port: int) -> None:
     from distrain.tracking import open_ui
 
     open_ui(uri, host, port)
+
+
+def _print_study(study: Study, words: list[str], folder: Path, path: Path | None = None) -> None:
+    from distrain.progress import show_points
+
+    show_points(study.points, study.target is not None)
+    click.echo()
+    for line in words:
+        click.echo(line)
+    click.echo(f"\nreport: {path or folder / 'report.html'}")
 
 
 def _load(path: Path, overrides: tuple[str, ...]) -> TrainConfig:

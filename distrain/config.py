@@ -272,6 +272,24 @@ class EarlyStoppingConfig(_Section):
     min_delta: NotNegative = Field(0.0, description="What counts as one")
 
 
+class TargetConfig(_Section):
+    """End the run once validation is good enough."""
+
+    metric: str = Field("accuracy", description="The validation metric: loss, accuracy, mean_absolute_error, r2")
+    value: Number = Field(description="Good enough")
+
+
+class SweepConfig(_Section):
+    """What `distrain sweep` tries."""
+
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        {}, description="Dotted keys, each with its values; every combination is a run: {batch_size: [64, 256], "
+                        "workers.count: [1, 2]}")  # fmt: skip
+    scale_lr: Literal["linear", "sqrt", "none"] = Field(
+        "none", description="How optimizer.lr follows batch_size from point to point: in proportion, with its square "
+                            "root, not at all")  # fmt: skip
+
+
 class ConvergenceConfig(_Section):
     """End the run when training no longer moves."""
 
@@ -317,6 +335,8 @@ class TrainConfig(_Section):
     validation: ValidationConfig = Field(ValidationConfig(), description="When to validate")
     early_stopping: EarlyStoppingConfig | None = Field(None, description="Stop on validation; null: never")
     convergence: ConvergenceConfig | None = Field(None, description="Stop when nothing moves; null: never")
+    target: TargetConfig | None = Field(None, description="Stop when validation is good enough; null: never")
+    sweep: SweepConfig | None = Field(None, description="What distrain sweep tries; nothing else looks at it")
     cluster: ClusterConfig = Field(ClusterConfig(), description="Which Ray cluster")
 
     @model_validator(mode="after")
@@ -334,6 +354,7 @@ class TrainConfig(_Section):
         if self.data.validation is None:
             for key, value in (
                 ("early_stopping", self.early_stopping),
+                ("target", self.target),
                 ("validation.every_steps", self.validation.every_steps),
             ):
                 if value is not None:

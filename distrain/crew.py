@@ -52,6 +52,7 @@ class Crew:
         self._step = 0  # the last that the server reported
         self._stop_sent = False
         self._looked_at = 0.0
+        self._peak_bytes = 0  # the most memory of a worker that has ended
         self._nodes: dict[int, str] = {}  # launch -> the node of the room it was started in
         self._leaving: dict[int, int] = {}  # launch on a node that is about to go -> rank
 
@@ -144,6 +145,15 @@ class Crew:
         """The oldest snapshot waiting at the server, or None. Raises ServerLost when it is dead."""
         return _get(self._server.take_snapshot.remote())
 
+    def peak_worker_bytes(self) -> int:
+        """The most memory that a worker ever held, once the run is over; 0 where none said it in time."""
+        calls = list(self._worker_calls)
+        ended, _ = ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS) if calls else ([], [])
+        for call in ended:
+            with suppress(RayError, DistrainError):
+                self._peak_bytes = max(self._peak_bytes, ray.get(call, timeout=0))
+        return self._peak_bytes
+
     def move(self) -> None:
         """End all actors, so that `start` can start them elsewhere."""
         self.close()
@@ -200,7 +210,7 @@ class Crew:
         self._nodes.pop(launch, None)
         has_moved = self._leaving.pop(launch, None) is not None
         try:
-            ray.get(call)
+            self._peak_bytes = max(self._peak_bytes, ray.get(call))
             return  # told to stop: the run is over, or it has moved
         except RayTaskError as error:
             cause: Exception = error.cause

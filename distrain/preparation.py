@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from distrain.config import TrainConfig
 from distrain.data.dataset import open_dataset
 from distrain.data.plan import Plan
+from distrain.errors import ConfigError
 from distrain.learning.losses import num_outputs
+from distrain.learning.metrics import Metrics
 from distrain.learning.task import TaskSpec
 from distrain.worker import Source
 
@@ -35,6 +37,7 @@ def prepare(config: TrainConfig) -> Preparation:
 
     Raises DataError for data that cannot be used, ConfigError for a loss that does not fit the label.
     """
+    _check_metrics(config)
     shards = config.resolved_shards
     dataset = open_dataset(config.data.train, config.data)
     train = Source(dataset, Plan(dataset.row_counts, config.batch_size, shards, config.data.shuffle_rows, config.seed))
@@ -54,3 +57,12 @@ def prepare(config: TrainConfig) -> Preparation:
     )
     updates = train.plan.num_microbatches if config.server.mode == "async" else train.plan.steps_per_epoch
     return Preparation(train, validation, task, updates)
+
+
+def _check_metrics(config: TrainConfig) -> None:
+    names = ("loss", *Metrics(config.loss).names)
+    for key, rule in (("early_stopping", config.early_stopping), ("target", config.target)):
+        if rule is not None and rule.metric not in names:
+            raise ConfigError(
+                f"{key}.metric: {rule.metric!r} is not a metric of this loss; there are {', '.join(names)}"
+            )

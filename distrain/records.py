@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One finished step. Seconds are wall-clock; data and compute are the slowest worker's."""
+    """One finished step. Seconds are wall-clock; data and compute are means over the workers."""
 
     step: int  # counts from 1: the number of updates applied
     epoch: int  # counts from 0
@@ -20,10 +20,11 @@ class StepRecord:
     num_bytes: int  # Parquet bytes read by the workers for this step, as tensors
     data_s: float  # waiting for rows
     compute_s: float  # forward, loss, backward
-    exchange_s: float  # the step's time less data, compute and update: links, waiting, summing
+    exchange_s: float  # the step's time less all the others: links, summing
     update_s: float  # average, clip, optimizer
     step_s: float
     workers: int
+    waiting_s: float = 0.0  # for the slowest worker: its data and compute less the mean of all
     staleness: int = 0  # updates between the parameters that the gradient was computed from, and this update
     dropped: int = 0  # microbatches that came too late for the quorum
     # (incarnation, the plan's step from 0, first shard, stop), as the ledger took them

@@ -28,6 +28,7 @@ class StepSums:
     grad_norm: float
     data_s: float
     compute_s: float
+    waiting_s: float
     exchange_s: float
     update_s: float
     step_s: float
@@ -52,6 +53,7 @@ class StepSums:
             grad_norm=record.grad_norm,
             data_s=record.data_s,
             compute_s=record.compute_s,
+            waiting_s=record.waiting_s,
             exchange_s=record.exchange_s,
             update_s=record.update_s,
             step_s=record.step_s,
@@ -75,6 +77,7 @@ class StepSums:
         self.grad_norm += later.grad_norm
         self.data_s += later.data_s
         self.compute_s += later.compute_s
+        self.waiting_s += later.waiting_s
         self.exchange_s += later.exchange_s
         self.update_s += later.update_s
         self.step_s += later.step_s

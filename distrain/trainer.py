@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,6 +51,7 @@ class Result:
     checkpoint: str | None
     rows_per_epoch: int
     worker_failures: int
+    peak_worker_bytes: int  # the most memory that a worker held; 0 where it is not known
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +64,8 @@ class Trainer:
     """Runs one training on a Ray cluster: `Trainer(TrainConfig(...)).fit()`.
 
     `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from. `began` is the Unix
-    time in seconds from which the result counts (default: now); the command line gives its own start.
+    time in seconds from which the result counts (default: now); the command line gives its own start. `tags` are
+    further ones of the MLflow run.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Trainer:
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
         began: float | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
+        self._tags = dict(tags or {})
         self._began = time.time() if began is None else began
         self._progress = progress or SilentProgress()
         self._checkpoint = checkpoint
@@ -213,9 +217,10 @@ class Trainer:
         crew = Crew(placement, run, self._update_spec(placement), self.config.workers, self._progress.note)
         try:
             outcome = self._train_with(crew, preparation, tracker)
+            peak_bytes = crew.peak_worker_bytes()
         finally:
             crew.close()
-        return self._finish(outcome, crew.failures, preparation, tracker)
+        return self._finish(outcome, crew.failures, peak_bytes, preparation, tracker)
 
     def _train_with(self, crew: Crew, preparation: Preparation, tracker: Tracker) -> Outcome:
         """Have the crew train to the end; when the server dies, again from the last good checkpoint."""
@@ -319,6 +324,7 @@ class Trainer:
             validation_every_steps=config.validation.every_steps,
             early_stopping=config.early_stopping,
             convergence=config.convergence,
+            target=config.target,
             num_workers=min(config.workers.count, len(placement.ranks)),
             min_workers=config.workers.min,
             worker_timeout_s=config.workers.timeout_seconds,
@@ -400,7 +406,7 @@ class Trainer:
 
     def _description(self, preparation: Preparation, cluster: Cluster) -> RunDescription:
         config = self.config
-        tags = {"distrain.checkpoints": str(self._folder.absolute())}
+        tags = {**self._tags, "distrain.checkpoints": str(self._folder.absolute())}
         if cluster.job_id is not None:
             tags["distrain.ray_job_id"] = cluster.job_id
         resumed_run = None
@@ -445,7 +451,9 @@ class Trainer:
             tracking_uri=config.tracking.uri if config.tracking.enabled else None,
         )
 
-    def _finish(self, outcome: Outcome, failures: int, preparation: Preparation, tracker: Tracker) -> Result:
+    def _finish(
+        self, outcome: Outcome, failures: int, peak_bytes: int, preparation: Preparation, tracker: Tracker
+    ) -> Result:
         """Log the model, and put the result together."""
         path = self._written
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
@@ -469,6 +477,7 @@ class Trainer:
             checkpoint=str(path) if path is not None else None,
             rows_per_epoch=preparation.train.plan.num_rows,
             worker_failures=failures,
+            peak_worker_bytes=peak_bytes,
             seconds={"startup": startup, "training": training, "total": math.nan},
         )
 

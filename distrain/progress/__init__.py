@@ -8,6 +8,7 @@ from distrain.progress.checkpoints import show_checkpoints
 from distrain.progress.lines import LineProgress
 from distrain.progress.plan import show_plan
 from distrain.progress.protocol import Progress, RunInfo, SilentProgress
+from distrain.progress.sweep import SweepLines, SweepProgress, show_comparison, show_forecasts, show_points
 from distrain.progress.terminal import TerminalProgress
 
 __all__ = [
@@ -15,10 +16,15 @@ __all__ = [
     "Progress",
     "RunInfo",
     "SilentProgress",
+    "SweepLines",
+    "SweepProgress",
     "TerminalProgress",
     "make_progress",
     "show_checkpoints",
+    "show_comparison",
+    "show_forecasts",
     "show_plan",
+    "show_points",
 ]
 
 

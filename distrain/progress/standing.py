@@ -13,7 +13,7 @@ from distrain.step_sums import StepSums
 _RECENT_MS = 5000  # what "now" means in speeds and in the loss
 _PIECE_MS = 250
 
-PARTS = ("data", "compute", "exchange", "update")
+PARTS = ("data", "compute", "waiting", "exchange", "update")
 
 
 class Standing:
@@ -61,7 +61,7 @@ class Standing:
 
 def shares(sums: StepSums) -> dict[str, float]:
     """Where the time of the steps went: parts of 1, in the order of PARTS."""
-    seconds = {"data": sums.data_s, "compute": sums.compute_s, "exchange": sums.exchange_s, "update": sums.update_s}
+    seconds = {part: getattr(sums, f"{part}_s") for part in PARTS}
     total = math.fsum(seconds.values())
     return {part: value / total if total > 0 else 0.0 for part, value in seconds.items()}
 

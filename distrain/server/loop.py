@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from distrain.config import ConvergenceConfig, EarlyStoppingConfig
+from distrain.config import ConvergenceConfig, EarlyStoppingConfig, TargetConfig
 from distrain.data.plan import Plan
 from distrain.errors import DistrainError
 from distrain.exchange.link import Hub, Kind
@@ -37,6 +38,7 @@ class LoopSettings:
     validation_every_steps: int | None = None
     early_stopping: EarlyStoppingConfig | None = None
     convergence: ConvergenceConfig | None = None
+    target: TargetConfig | None = None
     num_workers: int = 1  # joined before the first step
     min_workers: int = 1  # enough for the first step after `grace_s`
     grace_s: float = 10.0
@@ -103,7 +105,7 @@ class Loop:
             server, hub, plan.num_shards, self._window, settings.asynchronous, settings.worker_timeout_s, self._tell
         )
         self._flight: list[Round] = []  # training rounds, oldest first
-        self._stopping = Stopping(settings.early_stopping, settings.convergence)
+        self._stopping = Stopping(settings.early_stopping, settings.convergence, settings.target)
         self._stop_reason: str | None = None
         self.step = 0
         self._last_snapshot = -1
@@ -227,7 +229,8 @@ class Loop:
         step_s, self._mark = now - self._mark, now
         # Asynchronous workers compute while others do: an update's share of the time is what there was of each.
         beside = max(1, self._rounds.num_members) if self._settings.asynchronous else 1
-        data_s, compute_s = max(round_.data_s.values()) / beside, max(round_.compute_s.values()) / beside
+        data_s, compute_s = (fmean(seconds.values()) / beside for seconds in (round_.data_s, round_.compute_s))
+        slowest_s = max(round_.data_s[rank] + round_.compute_s[rank] for rank in round_.data_s) / beside
         record = StepRecord(
             step=self.step,
             epoch=epoch,
@@ -240,10 +243,11 @@ class Loop:
             num_bytes=round_.num_bytes,
             data_s=data_s,
             compute_s=compute_s,
-            exchange_s=max(0.0, step_s - data_s - compute_s - update.seconds),
+            exchange_s=max(0.0, step_s - slowest_s - update.seconds),
             update_s=update.seconds,
             step_s=step_s,
             workers=self._rounds.num_members,
+            waiting_s=slowest_s - data_s - compute_s,
             staleness=lag,
             dropped=len(dropped),
             taken=taken,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
-from distrain.config import ConvergenceConfig, EarlyStoppingConfig
+from distrain.config import ConvergenceConfig, EarlyStoppingConfig, TargetConfig
 
 HIGHER_IS_BETTER = frozenset({"accuracy", "r2"})
 
@@ -17,15 +18,28 @@ def better(metric: str, value: float, than: float | None, by: float = 0.0) -> bo
     return value > than + by if metric in HIGHER_IS_BETTER else value < than - by
 
 
+def reached(target: TargetConfig, metrics: Mapping[str, float]) -> bool:
+    """Whether validation is good enough."""
+    value = metrics[target.metric]
+    return value >= target.value if target.metric in HIGHER_IS_BETTER else value <= target.value
+
+
 class Stopping:
     """Watches losses, gradient norms and validations, and says why to stop.
 
-    Convergence (`loss_change`, `grad_norm`) looks at means over `window` steps; early stopping at `patience`
-    validations in a row that did not improve the metric by `min_delta`.
+    A target ends the run at the first validation that reaches it. Convergence (`loss_change`, `grad_norm`) looks at
+    means over `window` steps; early stopping at `patience` validations in a row that did not improve the metric by
+    `min_delta`.
     """
 
-    def __init__(self, early: EarlyStoppingConfig | None, convergence: ConvergenceConfig | None) -> None:
+    def __init__(
+        self,
+        early: EarlyStoppingConfig | None,
+        convergence: ConvergenceConfig | None,
+        target: TargetConfig | None = None,
+    ) -> None:
         self._early = early
+        self._target = target
         self._convergence = convergence
         window = convergence.window if convergence is not None else 1
         self._losses: deque[float] = deque(maxlen=2 * window)
@@ -56,6 +70,9 @@ class Stopping:
 
     def validated(self, metrics: dict[str, float]) -> str | None:
         """Take one validation's metrics. Returns the reason to stop, if there is one."""
+        if self._target is not None and reached(self._target, metrics):
+            name, value = self._target.metric, metrics[self._target.metric]
+            return f"validation {name} {value:.6g} reached the target, {self._target.value:g}"
         rule = self._early
         if rule is None:
             return None

@@ -1,7 +1,9 @@
 """Tracking: MLflow behind one small writer. Importing this does not import MLflow."""
 
+from distrain.tracking.comparison import compare_runs
 from distrain.tracking.description import DatasetDescription, ModelInput, RunDescription
 from distrain.tracking.local import check_reachable
+from distrain.tracking.study import ParentRun, open_parent, read_parent
 from distrain.tracking.tracker import MlflowTracker, NullTracker, Tracker, make_tracker
 from distrain.tracking.ui import open_ui
 
@@ -10,9 +12,13 @@ __all__ = [
     "MlflowTracker",
     "ModelInput",
     "NullTracker",
+    "ParentRun",
     "RunDescription",
     "Tracker",
     "check_reachable",
+    "compare_runs",
     "make_tracker",
+    "open_parent",
     "open_ui",
+    "read_parent",
 ]

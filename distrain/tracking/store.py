@@ -9,9 +9,12 @@ import logging
 import os
 import re
 import tempfile
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from matplotlib.figure import Figure
@@ -143,6 +146,20 @@ class MlflowRun:
         with tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(self.run_id, name, folder)).read_text()
 
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store rows of the same keys as a table that MLflow's page shows."""
+        self._client.log_table(self.run_id, {key: [row[key] for row in rows] for key in rows[0]}, name)
+
+    def describe_child(self, run_id: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Give another run params, where it does not have them, and single metrics."""
+        logged = self._client.get_run(run_id).data.params
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            run_id,
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            params=[Param(key, str(value)) for key, value in params.items() if key not in logged],
+        )
+
     def log_model(
         self, module: nn.Module, inputs: Sequence[ModelInput], step: int, registered_name: str | None = None
     ) -> None:
@@ -173,6 +190,47 @@ class MlflowRun:
     def terminate(self, status: str) -> None:
         """End the run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
+
+
+def read_artifact(uri: str, run_id: str, name: str) -> str:
+    """A run's artifact, as text; empty when there is none."""
+    client = MlflowClient(uri, registry_uri=uri)
+    return MlflowRun(client, client.get_run(run_id)).read_text(name)
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What the store holds of a run: params, and each metric's last value."""
+
+    name: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+
+
+def read_runs(uri: str, experiment: str, references: Sequence[str]) -> list[Logged]:
+    """Runs by id or name; a sweep's parent stands for its children, oldest first. Raises TrackingError for an unknown
+    one."""
+    client = MlflowClient(uri, registry_uri=uri)
+    found: list[Run] = []
+    for reference in references:
+        run = _find_run(client, experiment, reference)
+        children = client.search_runs(
+            [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", order_by=["start_time"]
+        )
+        found += list(children) or [run]
+    return [Logged(run.info.run_name, run.info.status, run.data.params, run.data.metrics) for run in found]
+
+
+def _find_run(client: MlflowClient, experiment: str, reference: str) -> Run:
+    if re.fullmatch(r"[0-9a-f]{32}", reference):
+        return client.get_run(reference)
+    known = client.get_experiment_by_name(experiment)
+    escaped = reference.replace("'", "")
+    runs = client.search_runs([known.experiment_id], f"run_name = '{escaped}'") if known is not None else []
+    if not runs:
+        raise TrackingError(f"the experiment {experiment!r} has no run of the name {reference!r}")
+    return runs[0]
 
 
 def is_permanent(error: Exception) -> bool:

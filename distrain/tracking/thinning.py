@@ -31,6 +31,7 @@ def step_speed_points(steps: StepSums) -> list[Point]:
         "throughput/bytes_per_sec": steps.num_bytes / seconds,
         "time/data_sec": steps.data_s / n,
         "time/compute_sec": steps.compute_s / n,
+        "time/waiting_sec": steps.waiting_s / n,
         "time/exchange_sec": steps.exchange_s / n,
         "time/update_sec": steps.update_s / n,
         "time/step_sec": steps.step_s / n,
