@@ -261,12 +261,10 @@ def sweep(
         overrides += (f"sweep.scale_lr={scale_lr}",)
     loaded = _load(config, overrides)
     from distrain.progress import SweepLines
-    from distrain.study.report import publish
     from distrain.study.sweep import Sweep
 
     running = Sweep(loaded, name, SweepLines(), num_parallel)
-    study = running.run()
-    report = publish(study, running.folder, loaded.tracking)
+    study, report = running.run()
     if as_json:
         click.echo(json.dumps(study.to_mapping()))
     else:

@@ -27,6 +27,8 @@ class StepRecord:
     waiting_s: float = 0.0  # for the slowest worker: its data and compute less the mean of all
     staleness: int = 0  # updates between the parameters that the gradient was computed from, and this update
     dropped: int = 0  # microbatches that came too late for the quorum
+    noise_scale: float | None = None  # rows; see study.noise_scale. Of late, and of the whole run
+    critical_batch_size: float | None = None
     # (incarnation, the plan's step from 0, first shard, stop), as the ledger took them
     taken: tuple[tuple[int, int, int, int], ...] = ()
 

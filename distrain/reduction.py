@@ -37,19 +37,22 @@ class Partial:
 
     `vector` (a tensor or array) is, for a training step, float32 [layout.num_floats]: the gradient of the summed loss,
     then the buffers' changes times the samples. For a validation step it is float64: the metrics' sums. `slot` says
-    where in a push buffer the vector lies.
+    where in a push buffer the vector lies. `squares` adds up the squared norms of the microbatches' own gradients, of
+    the summed loss, in the steps that take them.
     """
 
     vector: Any
     samples: int
     loss: float
     slot: int = 0
+    squares: float = 0.0
 
     def add(self, right: Partial) -> None:
         """Add the sibling block to the right, in place."""
         self.vector += right.vector
         self.samples += right.samples
         self.loss += right.loss
+        self.squares += right.squares
 
 
 class TreeSum:

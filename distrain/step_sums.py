@@ -32,6 +32,8 @@ class StepSums:
     exchange_s: float
     update_s: float
     step_s: float
+    noise_scale: float | None  # at the last
+    critical_batch_size: float | None  # at the last
 
     @classmethod
     def of(cls, record: StepRecord) -> StepSums:
@@ -57,6 +59,8 @@ class StepSums:
             exchange_s=record.exchange_s,
             update_s=record.update_s,
             step_s=record.step_s,
+            noise_scale=record.noise_scale,
+            critical_batch_size=record.critical_batch_size,
         )
 
     def copy(self) -> StepSums:
@@ -67,6 +71,7 @@ class StepSums:
         """Take in the steps that came right after."""
         self.step, self.epoch, self.time_ms = later.step, later.epoch, later.time_ms
         self.lr, self.workers = later.lr, later.workers
+        self.noise_scale, self.critical_batch_size = later.noise_scale, later.critical_batch_size
         self.num_steps += later.num_steps
         self.num_clipped += later.num_clipped
         self.samples += later.samples

@@ -429,7 +429,7 @@ class Trainer:
         return RunDescription(
             config_yaml=config.to_yaml(),
             config_sha256=config.sha256(),
-            params=flat(config.to_mapping()),
+            params={key: value for key, value in flat(config.to_mapping()).items() if key not in _NOT_PARAMS},
             tags=tags,
             datasets=datasets,
             run_name=self.run_name,
@@ -498,6 +498,9 @@ class Trainer:
         ]
         tracker.model(model.eval(), inputs, checkpoint.manifest["step"])
         tracker.artifact_file(checkpoint.path / MODEL)
+
+
+_NOT_PARAMS = ("tracking.run_name", "checkpoint.dir")  # names, by which runs are not to be compared
 
 
 class _StoppedEarly(Exception):

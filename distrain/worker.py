@@ -25,6 +25,7 @@ from distrain.learning.losses import LabelError, Loss
 from distrain.learning.metrics import Metrics
 from distrain.learning.models import forward
 from distrain.reduction import Block, Partial, TreeSum
+from distrain.study.noise_scale import EVERY_STEPS
 
 Batch = dict[str, Tensor]
 
@@ -237,6 +238,7 @@ class Worker:
                     slot=part.slot,
                     samples=part.samples,
                     loss=part.loss,
+                    squares=part.squares,
                     payload=payload,
                 )
             )
@@ -284,7 +286,11 @@ class Worker:
             torch.sub(local, published, out=change).mul_(rows)
         for count, local, published in zip(self._counts[slot], self._counters, self._published_counters, strict=True):
             count.copy_(local - published).mul_(rows)
-        return Partial(vector, rows, loss.item(), slot)
+        squares = 0.0
+        if step % EVERY_STEPS == 0:
+            gradient = vector[: self.layout.num_gradients]
+            squares = torch.dot(gradient, gradient).item()
+        return Partial(vector, rows, loss.item(), slot, squares)
 
     def _evaluate(self, batch: Batch, step: int, shard: int, _: list[int]) -> Partial:
         """Loss and metric sums of one microbatch: float64 [1 + metrics]."""

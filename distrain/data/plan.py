@@ -89,6 +89,10 @@ class Plan:
         start, stop = self.cut(step_in_epoch, shard)
         return stop - start
 
+    def num_rows_of(self, step: int, shard: int) -> int:
+        """Rows of microbatch (step, shard), `step` counted from the run's beginning."""
+        return self.num_microbatch_rows(self.position(step)[1], shard)
+
     @cached_property
     def num_microbatches(self) -> int:
         """Microbatches of an epoch that have rows."""

@@ -61,7 +61,7 @@ class Frame:
     samples: int = 0  # push: rows of the block; task: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
     loss: float = 0.0  # sum over the samples
-    norm: float = 0.0  # reserved for the microbatches' gradient norms
+    squares: float = 0.0  # of the microbatches' summed gradients: norms, squared and added up; 0: not taken
     data_s: float = 0.0
     compute_s: float = 0.0
     payload: Any = field(default=b"")  # bytes-like
@@ -259,13 +259,15 @@ def _received(count: int) -> int:
 def _pack(frame: Frame, num_bytes: int) -> bytes:
     return _HEADER.pack(
         frame.kind, frame.first, frame.stop, frame.incarnation, frame.slot, frame.version, frame.round, frame.step,
-        frame.samples, frame.data_bytes, frame.loss, frame.norm, frame.data_s, frame.compute_s, num_bytes,
+        frame.samples, frame.data_bytes, frame.loss, frame.squares, frame.data_s, frame.compute_s, num_bytes,
     )  # fmt: skip
 
 
 def _unpack(header: bytearray) -> tuple[Frame, int]:
     kind, *fields, size = _HEADER.unpack(header)
-    first, stop, incarnation, slot, version, round_, step, samples, data_bytes, loss, norm, data_s, compute_s = fields
+    first, stop, incarnation, slot, version, round_, step, samples, data_bytes, loss, squares, data_s, compute_s = (
+        fields
+    )
     try:
         kind = Kind(kind)
     except ValueError as error:
@@ -283,7 +285,7 @@ def _unpack(header: bytearray) -> tuple[Frame, int]:
             samples,
             data_bytes,
             loss,
-            norm,
+            squares,
             data_s,
             compute_s,
         ),

@@ -33,9 +33,10 @@ from distrain.progress.standing import (
 from distrain.progress.summary import show_summary
 from distrain.records import Report
 
-_BAR_CELLS = 40
+_BAR_CELLS = 30
 # Fillings that can be told apart without colour.
-_LOOKS = {"data": ("█", "#", "cyan"), "compute": ("▓", "=", "green"), "exchange": ("▒", "-", "yellow"),
+_LOOKS = {"data": ("█", "#", "cyan"), "compute": ("▓", "=", "green"),
+          "waiting": ("·", "_", "white"), "exchange": ("▒", "-", "yellow"),
           "update": ("░", ".", "magenta")}  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from distrain.server.parameter_server import ParameterServer
 from distrain.server.reports import Captured, Reports
 from distrain.server.rounds import Round, Rounds
 from distrain.server.stopping import Stopping
+from distrain.study.noise_scale import NoiseScale
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Loop:
         )
         self._flight: list[Round] = []  # training rounds, oldest first
         self._stopping = Stopping(settings.early_stopping, settings.convergence, settings.target)
+        self._noise_scale = NoiseScale()
         self._stop_reason: str | None = None
         self.step = 0
         self._last_snapshot = -1
@@ -219,7 +221,11 @@ class Loop:
         if self._settings.asynchronous:
             assert round_.owner is not None
             read, lag = round_.owner.own, self.step - round_.reads[round_.owner.incarnation]
-        update = self._server.apply(round_.tree.fold(), self.step + 1, read)
+        parts = round_.tree.fold()
+        update = self._server.apply(parts, self.step + 1, read)
+        if squares := sum(part.squares for part in parts):
+            microbatches = [self._plan.num_rows_of(*m) for m in round_.microbatches if m not in dropped]
+            self._noise_scale.add(squares, (update.grad_norm * update.samples) ** 2, microbatches)
         epoch, _ = self._plan.position(round_.microbatches[0][0])
         self.step += 1
         self._rounds.stepped(self.step)
@@ -250,6 +256,8 @@ class Loop:
             waiting_s=slowest_s - data_s - compute_s,
             staleness=lag,
             dropped=len(dropped),
+            noise_scale=self._noise_scale.now,
+            critical_batch_size=self._noise_scale.overall,
             taken=taken,
         )
         self._reports.step(record)

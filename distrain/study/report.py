@@ -11,14 +11,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from distrain.config import TrackingConfig
+from distrain.durable import write_file
 from distrain.errors import CheckpointError
 from distrain.study.advice import Advice, advise, in_words, seconds
+from distrain.study.claims import claims
 from distrain.study.point import Point
 from distrain.study.record import FILE, Study
 from distrain.study.step_time import StepTimeFit
 from distrain.study.sweep_figures import FIGURES, critical_batch
-from distrain.tracking import RunDescription, open_parent, read_parent
+from distrain.tracking import ParentRun, read_parent
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; }
@@ -67,26 +68,25 @@ def build(study: Study) -> Report:
     return Report(_page(study, advice, words, figures), words, figures)
 
 
-def publish(study: Study, folder: Path, tracking: TrackingConfig) -> Report:
+def publish(study: Study, folder: Path, parent: ParentRun) -> Report:
     """Build the report, write it to `folder`/report.html, and store it on the parent run in MLflow."""
     report = build(study)
-    (folder / "report.html").write_text(report.html)
-    if study.parent_run_id is not None:
-        parent = open_parent(tracking, RunDescription("", "", resume_run_id=study.parent_run_id))
-        parent.text("report.html", report.html)
-        parent.text("recommendation.txt", "\n".join(report.words) + "\n")
-        for name, figure in report.figures.items():
-            parent.figure(f"{name}.png", figure)
-        finished = [point for point in study.points if point.is_finished]
-        if finished:
-            parent.table("points.json", [_row(point) for point in finished])
-        parent.finish("FINISHED")
+    write_file(folder / "report.html", report.html.encode())
+    parent.text(FILE, study.to_text())
+    parent.text("report.html", report.html)
+    parent.text("recommendation.txt", "\n".join(report.words) + "\n")
+    for name, figure in report.figures.items():
+        parent.figure(f"{name}.png", figure)
+    finished = [point for point in study.points if point.is_finished]
+    if finished:
+        parent.table("points.json", [_row(point) for point in finished])
     return report
 
 
 def conclusions(study: Study, advice: Advice) -> list[str]:
     """What the sweep says, a sentence each."""
     words = [in_words(choice) for choice in advice.choices] or [f"no recommendation: {advice.basis}."]
+    words += claims(study.points)
     fitted = critical_batch(study.points)
     if fitted is not None:
         fit, _ = fitted
@@ -101,7 +101,10 @@ def conclusions(study: Study, advice: Advice) -> list[str]:
             words.append("critical batch size: below all sizes measured; a smaller batch would take no more steps.")
     noise = [point.noise_scale for point in study.points if point.noise_scale]
     if noise:
-        words.append(f"gradient noise scale: {min(noise):,.0f} to {max(noise):,.0f} rows over the points.")
+        words.append(
+            f"gradient noise scale, which estimates the critical batch size from norms: {min(noise):,.0f} to "
+            f"{max(noise):,.0f} rows over the points."
+        )
     failed = [point for point in study.points if not point.is_finished]
     words += [f"{point.name} {point.status}: {point.reason.splitlines()[0]}" for point in failed if point.reason]
     missed = [point.name for point in study.points if point.is_finished and study.target and point.target is None]

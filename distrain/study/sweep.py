@@ -19,6 +19,7 @@ from distrain.signals import StopSignals
 from distrain.study.grid import GridPoint, expand
 from distrain.study.point import Point
 from distrain.study.record import FILE, Study
+from distrain.study.report import Report, publish
 from distrain.study.watch import PointWatch
 from distrain.tracking import ParentRun, RunDescription, check_reachable, open_parent
 from distrain.trainer import Result, Trainer
@@ -66,8 +67,8 @@ class Sweep:
             for trainer in self._trainers.values():
                 trainer.stop("the sweep was stopped")
 
-    def run(self) -> Study:
-        """Run what is not finished yet. Returns all points.
+    def run(self) -> tuple[Study, Report]:
+        """Run what is not finished yet. Returns all points and the report on them.
 
         Raises ClusterError or TrackingError where those are out of reach, Interrupted after a signal; what is finished
         is kept then.
@@ -90,13 +91,13 @@ class Sweep:
                     self._run_all(parent, cores)
                     status = "KILLED" if self._stopping else "FINISHED"
                 finally:
-                    parent.text(FILE, self._study.to_text())
+                    report = publish(self._study, self.folder, parent)
                     parent.finish(status)
             finally:
                 cluster.close()
         if signals.received is not None:
             raise Interrupted(f"stopped; what is finished is kept: go on with --name {self.name}", signals.received)
-        return self._study
+        return self._study, report
 
     def _point_configs(self) -> dict[str, TrainConfig]:
         """The configuration of each point, by name. Raises ConfigError with the problems of all."""
@@ -248,6 +249,7 @@ def _point(point: GridPoint, config: TrainConfig, result: Result, watch: PointWa
         validation=result.validation,
         parameters_sha256=result.parameters_sha256,
         seconds=result.seconds["training"],
+        noise_scale=watch.noise_scale,
         peak_worker_bytes=result.peak_worker_bytes,
         target=watch.reached,
         moments=watch.moments,

@@ -20,6 +20,8 @@ from distrain.study.point import PARTS, Point
 
 _PART_COLORS = dict(zip(PARTS, ("#4c9a2a", "#1f6feb", "#e3b341", "#d1580f", "#8250df"), strict=True))
 _IDEAL = "#8c959f"
+_MANY_DECADES = 300.0  # the ratio of an axis' ends from which on it is labelled at powers of ten only
+_MOST_STRETCHES = 40  # of a training loss's curve
 _ENOUGH_MOMENTS = 5  # validations that make a curve
 
 
@@ -44,6 +46,7 @@ def throughput(points: Sequence[Point]) -> Figure | None:
     right.set(xlabel="workers", ylabel="% of the ideal", title="Scaling efficiency", ylim=(0, None))
     for axes in (left, right):
         _ticks(axes, sorted({point.workers for point in measured}))
+    _plain(left.yaxis)
     left.legend(frameon=False, fontsize=8)
     return figure
 
@@ -60,7 +63,7 @@ def loss_curves(points: Sequence[Point]) -> Figure | None:
         if has_validation:
             curve = [(m.samples, m.step, m.seconds, m.metrics["loss"]) for m in point.moments]
         else:
-            curve = [(samples, step, at, loss) for step, samples, at, loss in point.losses]
+            curve = _smoothed(point.losses)
         for number, axes in enumerate(panels):
             axes.plot([c[number] for c in curve], [c[3] for c in curve], color=color, linewidth=1.4, label=label)
     for axes, label in zip(panels, ("samples", "steps", "seconds of training"), strict=True):
@@ -250,6 +253,13 @@ def _lines(points: Sequence[Point]) -> list[tuple[str, str, list[Point]]]:
     ]
 
 
+def _smoothed(losses: Sequence[tuple[int, int, float, float]]) -> list[tuple[float, float, float, float]]:
+    """(samples, step, seconds, mean loss) of stretches, at most so many, at each stretch's end."""
+    size = -(-len(losses) // _MOST_STRETCHES)
+    stretches = [losses[first : first + size] for first in range(0, len(losses), size)]
+    return [(part[-1][1], part[-1][0], part[-1][2], sum(p[3] for p in part) / len(part)) for part in stretches]
+
+
 def _best(points: Sequence[Point], key: Callable[[Point], int], cost: Callable[[Point], float]) -> list[Point]:
     """For each value of `key` the point of least cost, in the order of the values."""
     return [min((p for p in points if key(p) == value), key=cost) for value in sorted({key(p) for p in points})]
@@ -269,7 +279,9 @@ def _ticks(axes: Axes, values: Sequence[int]) -> None:
 def _plain(axis: Axis) -> None:
     """Numbers in full, 20,000 rather than 2 x 10^4, on an axis that may be logarithmic."""
     if axis.get_scale() == "log":
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        low, high = axis.get_view_interval()
+        subs = (1.0, 2.0, 5.0) if high < _MANY_DECADES * low else (1.0,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 

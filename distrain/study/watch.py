@@ -23,6 +23,7 @@ class PointWatch(SilentProgress):
         self.info: RunInfo | None = None
         self.moments: list[Moment] = []
         self.reached: Target | None = None
+        self.noise_scale: float | None = None  # of the whole run
         self._groups: list[StepSums] = []
         self._stride = 1  # steps in a group
         self._now = (0, 0, 0.0)  # step, samples, seconds
@@ -39,6 +40,7 @@ class PointWatch(SilentProgress):
             _, samples, seconds = self._now
             self._now = places[record.step] = (record.step, samples + record.samples, seconds + record.step_s)
             self._add(StepSums.of(record))
+            self.noise_scale = record.critical_batch_size
         for validation in report.validations:
             step, samples, seconds = places.get(validation.step, self._now)
             if self._target is not None and self.reached is None and reached(self._target, validation.metrics):

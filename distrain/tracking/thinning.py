@@ -41,6 +41,10 @@ def step_speed_points(steps: StepSums) -> list[Point]:
     }
     if steps.dropped:
         values["ps/dropped"] = steps.dropped / n  # microbatches that came too late for the quorum
+    if steps.noise_scale is not None:
+        values["study/noise_scale"] = steps.noise_scale
+    if steps.critical_batch_size is not None:
+        values["study/critical_batch_size"] = steps.critical_batch_size
     # Six digits: more are noise, which the charts would zoom into.
     return _points({key: float(f"{value:.6g}") for key, value in values.items()}, steps)
 

@@ -51,8 +51,8 @@ def test_lines_where_there_is_no_terminal():
     assert lines[:6] == [
         "starting workers",
         "run a-run: 6,400 rows, 100 steps an epoch, 10 epochs, 1,234 parameters, 2 workers",
-        "epoch 1/10  step 100/1,000  loss 0.05187  6,400 samples/s  data 10% compute 60% exchange 20% update 10%  "
-        "2 workers  0:09 left",
+        "epoch 1/10  step 100/1,000  loss 0.05187  6,400 samples/s  data 10% compute 60% waiting 0% exchange 20% "
+        "update 10%  2 workers  0:09 left",
         "step 120: lost: worker 1 was [killed]",
         "validation after step 100: loss 0.5, accuracy 0.9 (360 rows, 0.1 s)",
         "by the way",
@@ -138,8 +138,8 @@ def test_live_lines_on_a_terminal():
     assert re.search(r"epoch 4/10 +step 400/1,000 .* 40% +0:0\d elapsed, 0:06 left", text)
     assert "6,400 samples/s   1 worker of 2" in text
     assert "validation loss 0.5, accuracy 0.9 (step 400)" in text
-    bar = "█" * 4 + "▓" * 24 + "▒" * 8 + "░" * 4
-    assert f"time {bar}  █ data 10%  ▓ compute 60%  ▒ exchange 20%  ░ update 10%" in text
+    bar = "█" * 3 + "▓" * 18 + "▒" * 6 + "░" * 3
+    assert f"time {bar}  █ data 10%  ▓ compute 60%  · waiting 0%  ▒ exchange 20%  ░ update 10%" in text
     assert "distrain resume a-run" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
 

@@ -62,10 +62,9 @@ def test_remaining_time_is_at_the_present_speed():
     assert remaining_s(after(*range(1, 401))) == pytest.approx(6.0)
 
 
-@given(st.lists(st.floats(0, 10), min_size=4, max_size=4))
+@given(st.lists(st.floats(0, 10), min_size=5, max_size=5))
 def test_shares_sum_to_one(seconds):
-    data, compute, exchange, update = seconds
-    found = shares(StepSums.of(step(1, data_s=data, compute_s=compute, exchange_s=exchange, update_s=update)))
+    found = shares(StepSums.of(step(1, **{f"{part}_s": value for part, value in zip(PARTS, seconds, strict=True)})))
     assert tuple(found) == PARTS
     assert math.fsum(found.values()) == pytest.approx(1.0 if sum(seconds) > 0 else 0.0)
 

@@ -14,8 +14,8 @@ from tests.support.records import START_MS, step, validation
 
 LEARNING = {"train/loss", "train/grad_norm", "train/lr"}
 SPEED = {
-    "throughput/samples_per_sec", "throughput/bytes_per_sec", "time/data_sec", "time/compute_sec", "time/exchange_sec",
-    "time/update_sec", "time/step_sec", "ps/staleness", "ps/clipped", "workers/alive",
+    "throughput/samples_per_sec", "throughput/bytes_per_sec", "time/data_sec", "time/compute_sec", "time/waiting_sec",
+    "time/exchange_sec", "time/update_sec", "time/step_sec", "ps/staleness", "ps/clipped", "workers/alive",
 }  # fmt: skip
 
 
