@@ -60,6 +60,7 @@ def loss_curves(points: Sequence[Point]) -> Figure | None:
     has_validation = all(len(point.moments) >= _ENOUGH_MOMENTS for point in shown)
     for label, color, line in _lines(shown):
         point = min(line, key=lambda p: p.seconds)
+        curve: list[tuple[float, float, float, float]]
         if has_validation:
             curve = [(m.samples, m.step, m.seconds, m.metrics["loss"]) for m in point.moments]
         else:

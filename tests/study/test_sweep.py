@@ -7,10 +7,16 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 
+from distrain.config import TrainConfig, load_config
 from distrain.errors import CheckpointError, ConfigError
+from distrain.progress import SweepProgress
+from distrain.study.point import Point
 from distrain.study.record import Study
 from distrain.study.report import find
+from distrain.study.sweep import Sweep
+from distrain.trainer import Trainer
 from tests.support.jobs import Finished, distrain, finish, start, wait_for, write_job
 
 pytestmark = pytest.mark.ray
@@ -148,8 +154,31 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path):
 
 
 def test_the_configuration_needs_a_grid():
-    from distrain.config import TrainConfig
-    from distrain.study.sweep import Sweep
-
     with pytest.raises(ConfigError, match="nothing to sweep"):
         Sweep(TrainConfig(data={"train": "rows", "label": "y"}))
+
+
+def test_points_run_side_by_side_where_there_are_cores(tmp_path: Path):
+    class Order(SweepProgress):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, str]] = []
+
+        def point_began(self, name: str) -> None:
+            self.seen.append(("began", name))
+
+        def point_ended(self, point: Point) -> None:
+            self.seen.append(("ended", point.name))
+
+    grid = {"sweep": {"grid": {"seed": [1, 2, 3]}}, "workers": {"count": 1}, "tracking": {"enabled": False}}
+    config = load_config(write_job(tmp_path, epochs=20, **grid))
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    try:
+        order = Order()
+        study, _ = Sweep(config, "wide", order).run()
+        alone = Trainer(config.model_copy(update={"seed": 2, "sweep": None})).fit()
+    finally:
+        ray.shutdown()
+    # Two points of a worker and a server each, on four cores.
+    assert [what for what, _ in order.seen[:3]] == ["began", "began", "ended"]
+    assert all(point.is_finished for point in study.points) and len(study.points) == 3
+    assert [p.parameters_sha256 for p in study.points if p.values == {"seed": 2}] == [alone.parameters_sha256]
