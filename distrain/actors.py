@@ -12,11 +12,13 @@ from typing import Any
 import ray
 import torch
 
-from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
-from distrain.data.statistics import feature_statistics
+from distrain.config import ClipConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
+from distrain.data.statistics import measure
 from distrain.errors import ClusterError, ConfigError, DistrainError, LinkError
 from distrain.exchange.link import Address, Hub
+from distrain.learning.fit import check_shapes
 from distrain.learning.models import minimum_rows
+from distrain.learning.penalties import build_penalty
 from distrain.learning.task import TaskSpec, build_task
 from distrain.records import Report
 from distrain.server.loop import Loop, LoopSettings, Outcome
@@ -59,6 +61,7 @@ class UpdateSpec:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig | None
     clip: ClipConfig | None
+    penalty: PenaltyConfig
     delay_compensation: float
     loop: LoopSettings
     num_threads: int | None  # None: as many as the workers leave
@@ -96,8 +99,11 @@ class ServerActor:
         """Build the model and listen for workers."""
         run.prepare_process(1)
         task = run.task
-        statistics = feature_statistics(run.train.dataset) if task.standardize and restored is None else None
+        statistics = None
+        if task.needs_statistics and restored is None:
+            statistics = measure(run.train.dataset, task.standardize, task.num_classes)
         built = build_task(task, statistics)
+        check_shapes(built, run.train.dataset)
         needed = minimum_rows(built.model)
         if run.train.plan.smallest_microbatch < needed:
             raise ConfigError(
@@ -106,7 +112,13 @@ class ServerActor:
             )
         staleness = 0 if update.loop.asynchronous else update.loop.staleness or 0
         server = ParameterServer(
-            built.model, update.optimizer, update.schedule, update.clip, staleness, update.delay_compensation
+            built.model,
+            update.optimizer,
+            update.schedule,
+            update.clip,
+            staleness,
+            update.delay_compensation,
+            build_penalty(built.model, update.penalty),
         )
         host = ray.util.get_node_ip_address() if update.spans_nodes else None
         hub = Hub(run.token, host)

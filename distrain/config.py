@@ -106,6 +106,7 @@ class DataConfig(_Section):
         "null: every numeric column but the label; with a transform, every column",
     )
     label: str | Annotated[list[str], Field(min_length=1)] = Field(description="The label column, or several")
+    weight: str | None = Field(None, description="A column that says how much each row counts; null: all the same")
     shuffle_rows: Count = Field(65536, description="Rows shuffled together: a window. A worker "
                                 "holds two windows of each of its shards in memory")  # fmt: skip
     standardize: bool = Field(False, description="Subtract each feature's mean over the training rows, divide by its "
@@ -122,7 +123,9 @@ class ModelConfig(_Section):
     hidden: list[Count] = Field([256, 256], description="Units of each hidden layer")
     activation: str = Field("relu", description="Between the layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid")
     dropout: Annotated[NotNegative, Field(lt=1)] = Field(0.0, description="Share of hidden units dropped in training")
-    batch_norm: bool = Field(False, description="Batch normalization after each hidden linear layer")
+    normalization: Literal["batch", "layer", "group"] | None = Field(
+        None, description="After each hidden linear layer: batch, layer or group normalization; null: none"
+    )
     outputs: Count | None = Field(None, description="Outputs; null: the classes that the footers show, or one for each "
                                   "label column")  # fmt: skip
     factory: Reference | None = Field(None, description='"module:function" that returns a torch.nn.Module, in place '
@@ -135,12 +138,34 @@ class ModelConfig(_Section):
         return _name_or_factory(value)
 
 
+LossName = Literal["mse", "mae", "huber", "cross_entropy", "focal", "binary_cross_entropy", "binary_focal"]
+CATEGORICAL = ("cross_entropy", "focal")
+BINARY = ("binary_cross_entropy", "binary_focal")
+_LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
+    "gamma": ("focal", "binary_focal"),
+    "delta": ("huber",),
+    "label_smoothing": ("cross_entropy", "binary_cross_entropy"),
+    "class_weights": (*CATEGORICAL, *BINARY),
+}
+
+
 class LossConfig(_Section):
     """A loss by name, or from a function of the user's. `loss: mse` is short for `loss: {name: mse}`."""
 
-    name: Literal["mse", "cross_entropy", "binary_cross_entropy"] | None = Field(
-        "cross_entropy", description="The loss: cross_entropy and binary_cross_entropy (from logits), or mse"
+    name: LossName | None = Field(
+        "cross_entropy",
+        description="The loss: cross_entropy, focal (classes), binary_cross_entropy, binary_focal (0 or 1, one label "
+        "or several), all from logits; mse, mae, huber",
     )
+    gamma: NotNegative | None = Field(None, description="focal, binary_focal: how much less rows count that are right "
+                                      "already; null: 2")  # fmt: skip
+    delta: Positive | None = Field(None, description="huber: the error from which on it grows linearly; null: 1")
+    label_smoothing: Annotated[NotNegative, Field(lt=1)] = Field(
+        0.0, description="cross_entropy, binary_cross_entropy: share of the label spread over all classes"
+    )
+    class_weights: list[NotNegative] | Literal["balanced"] | None = Field(
+        None, description="What a row of each class counts; balanced: rows / (classes x rows of the class), counted in "
+                          "one pass over the training rows; null: all 1")  # fmt: skip
     factory: Reference | None = Field(None, description='"module:function" that returns a function of (outputs, label) '
                                       "that gives the loss of each row, in place of name")  # fmt: skip
     args: dict[str, Any] = Field({}, description="Keyword arguments of the factory")
@@ -149,6 +174,27 @@ class LossConfig(_Section):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return _name_or_factory({"name": value} if isinstance(value, str) else value)
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> LossConfig:
+        for key, names in _LOSS_OPTIONS.items():
+            if getattr(self, key) and self.name not in names:
+                raise ValueError(f"{key} goes with {', '.join(names)}, not with {self.name or 'a factory'}")
+        if isinstance(self.class_weights, list) and not sum(self.class_weights):
+            raise ValueError("class_weights are all 0: no row would count")
+        return self
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The keywords of the loss's function that are set."""
+        return {key: value for key in ("gamma", "delta", "label_smoothing") if (value := getattr(self, key))}
+
+    @property
+    def kind(self) -> str | None:
+        """What the loss is for: classes, binary, numbers; None for one of the user's."""
+        if self.factory is not None or self.name is None:
+            return None
+        return "classes" if self.name in CATEGORICAL else "binary" if self.name in BINARY else "numbers"
 
 
 def _name_or_factory(value: Any) -> Any:
@@ -177,6 +223,14 @@ class ScheduleConfig(_OpenSection):
     warmup_steps: Annotated[int, BeforeValidator(_integer), Field(ge=0)] = Field(
         0, description="Steps in which the rate rises linearly first"
     )
+
+
+class PenaltyConfig(_Section):
+    """Added to the loss, once a step: l1 times the sum of |w|, and l2 times the sum of w^2, over all weights but biases
+    and the parameters of normalization layers."""
+
+    l1: NotNegative = Field(0.0, description="Factor of the sum of absolute weights")
+    l2: NotNegative = Field(0.0, description="Factor of the sum of squared weights")
 
 
 class ClipConfig(_Section):
@@ -317,6 +371,7 @@ class TrainConfig(_Section):
     data: DataConfig = Field(description="The rows")
     model: ModelConfig = Field(ModelConfig(), description="The model")
     loss: LossConfig = Field(LossConfig(), description="The loss")
+    penalty: PenaltyConfig = Field(PenaltyConfig(), description="L1 and L2 penalties on the weights")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer")
     schedule: ScheduleConfig | None = Field(None, description="The learning rate's schedule; null: constant")
     clip: ClipConfig | None = Field(None, description="Gradient clipping; null: none")

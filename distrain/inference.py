@@ -17,7 +17,7 @@ from distrain.data.columns import Batch, Location
 from distrain.data.dataset import Dataset, open_dataset
 from distrain.data.predictions import OutputColumns, PredictionFile, all_or_nothing, kept_fields, target_files
 from distrain.errors import ConfigError, DataError, DistrainError, TrainingError
-from distrain.learning.losses import num_outputs
+from distrain.learning.fit import num_outputs
 from distrain.learning.model_state import restore_model
 from distrain.learning.models import forward
 from distrain.learning.task import Task, TaskSpec, build_task
@@ -44,17 +44,21 @@ def evaluate(
     known = config.model.model_copy(update={"outputs": checkpoint.manifest["num_outputs"]})
     num_outputs(known, config.loss, dataset)  # refuses labels that do not fit, as far as footers tell
     task = _restored_task(checkpoint, config)
-    loss, sums = torch.zeros(1, dtype=torch.float64), torch.zeros(task.metrics.num_sums, dtype=torch.float64)
+    loss = weight = 0.0
+    sums = torch.zeros(task.metrics.num_sums, dtype=torch.float64)
     with torch.inference_mode():
         for number, group in enumerate(dataset.row_groups):
             for tensors in dataset.read(number, 0, group.num_rows):
                 for batch in _cut(tensors, rows):
                     with _blame(dataset.place(number), batch):
                         outputs = forward(task.model, batch)
-                        loss += task.loss.per_sample(outputs, batch["label"]).sum(dtype=torch.float64)
+                        total, count = task.loss.total(outputs, batch, torch.float64)
+                        loss, weight = loss + float(total), weight + count
                         sums += torch.tensor(task.metrics.sums(outputs, batch["label"]), dtype=torch.float64)
     metrics = task.metrics.combine(sums.tolist())
-    return {"loss": loss.item() / dataset.num_rows, **metrics, "samples": dataset.num_rows}
+    if not weight:
+        raise DataError(f"{dataset.source}: the weights of all rows add up to 0")
+    return {"loss": loss / weight, **metrics, "samples": dataset.num_rows}
 
 
 def predict(
@@ -83,8 +87,7 @@ def predict(
     task = _restored_task(checkpoint, config)
     with torch.inference_mode():
         width = _first_outputs(task, dataset, rows).flatten(1).shape[1]
-        loss = config.loss.name if config.loss.factory is None else None
-        made = OutputColumns(loss, tuple(checkpoint.manifest["labels"]), width, probabilities)
+        made = OutputColumns(config.loss.kind, tuple(checkpoint.manifest["labels"]), width, probabilities)
         kept = kept_fields(dataset, columns or (), [field.name for field in made.fields])
         schema = pa.schema([*kept, *made.fields])
         with all_or_nothing(list(targets)) as hidden:

@@ -8,7 +8,7 @@ from distrain.config import TrainConfig
 from distrain.data.dataset import open_dataset
 from distrain.data.plan import Plan
 from distrain.errors import ConfigError
-from distrain.learning.losses import num_outputs
+from distrain.learning.fit import num_outputs
 from distrain.learning.metrics import Metrics
 from distrain.learning.task import TaskSpec
 from distrain.worker import Source

@@ -25,6 +25,7 @@ class StepRecord:
     step_s: float
     workers: int
     waiting_s: float = 0.0  # for the slowest worker: its data and compute less the mean of all
+    penalty: float = 0.0  # on the weights, beside the loss
     staleness: int = 0  # updates between the parameters that the gradient was computed from, and this update
     dropped: int = 0  # microbatches that came too late for the quorum
     noise_scale: float | None = None  # rows; see study.noise_scale. Of late, and of the whole run

@@ -37,13 +37,15 @@ class Partial:
 
     `vector` (a tensor or array) is, for a training step, float32 [layout.num_floats]: the gradient of the summed loss,
     then the buffers' changes times the samples. For a validation step it is float64: the metrics' sums. `slot` says
-    where in a push buffer the vector lies. `squares` adds up the squared norms of the microbatches' own gradients, of
-    the summed loss, in the steps that take them.
+    where in a push buffer the vector lies. `loss` and the gradient are weighted sums, and `weight` is the sum of the
+    rows' weights: the number of samples where all count the same. `squares` adds up the squared norms of the
+    microbatches' own gradients, of the summed loss, in the steps that take them.
     """
 
     vector: Any
     samples: int
     loss: float
+    weight: float
     slot: int = 0
     squares: float = 0.0
 
@@ -52,6 +54,7 @@ class Partial:
         self.vector += right.vector
         self.samples += right.samples
         self.loss += right.loss
+        self.weight += right.weight
         self.squares += right.squares
 
 

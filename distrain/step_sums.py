@@ -25,6 +25,7 @@ class StepSums:
     dropped: int  # microbatches
     num_bytes: int
     weighted_loss: float  # loss x samples
+    penalty: float
     grad_norm: float
     data_s: float
     compute_s: float
@@ -52,6 +53,7 @@ class StepSums:
             dropped=record.dropped,
             num_bytes=record.num_bytes,
             weighted_loss=record.loss * record.samples,
+            penalty=record.penalty,
             grad_norm=record.grad_norm,
             data_s=record.data_s,
             compute_s=record.compute_s,
@@ -79,6 +81,7 @@ class StepSums:
         self.dropped += later.dropped
         self.num_bytes += later.num_bytes
         self.weighted_loss += later.weighted_loss
+        self.penalty += later.penalty
         self.grad_norm += later.grad_norm
         self.data_s += later.data_s
         self.compute_s += later.compute_s

@@ -22,6 +22,8 @@ from distrain.crew import MOVING, Crew, worker_threads
 from distrain.errors import CheckpointError, Interrupted, ServerLost, TrackingError
 from distrain.history import History
 from distrain.learning.model_state import restore_model
+from distrain.learning.models import inputs_of
+from distrain.learning.overfitting import Look, overfitting
 from distrain.learning.task import build_task
 from distrain.placement import Cluster, Placement
 from distrain.preparation import Preparation, prepare
@@ -30,6 +32,7 @@ from distrain.records import Event, Report
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.stopping import HIGHER_IS_BETTER
 from distrain.signals import SIGNALS, StopSignals
+from distrain.step_sums import StepSums
 from distrain.tracking import DatasetDescription, ModelInput, RunDescription, Tracker, check_reachable, make_tracker
 
 
@@ -51,6 +54,7 @@ class Result:
     checkpoint: str | None
     rows_per_epoch: int
     worker_failures: int
+    overfitting: str | None  # where validation turned while training went on
     peak_worker_bytes: int  # the most memory that a worker held; 0 where it is not known
     seconds: dict[str, float]
 
@@ -90,6 +94,8 @@ class Trainer:
         self._written = checkpoint.path if checkpoint is not None else None  # the last checkpoint
         self._lost_at: float | None = None  # Unix seconds: a server died, and its steps are not all done again
         self._lost_servers = 0
+        self._looks: list[Look] = []  # validations, for signs of overfitting
+        self._since: StepSums | None = None  # the steps since the last one
         self._history: History | None = None
         self.run_name = self._run_name()
 
@@ -280,10 +286,17 @@ class Trainer:
             tracker.step(record)
             self._step = record.step
             self._samples += record.samples
+            if self._since is None:
+                self._since = StepSums.of(record)
+            else:
+                self._since.merge(StepSums.of(record))
             self._first_step_ms = self._first_step_ms or record.time_ms
         for validation in new.validations:
             tracker.validation(validation)
             self._validated_step = validation.step
+            if self._since is not None:
+                self._looks.append(Look(validation.step, self._since.loss, validation.metrics["loss"]))
+                self._since = None
         self._progress.report(new)
         writer.wake()
 
@@ -336,6 +349,7 @@ class Trainer:
             config.optimizer,
             config.schedule,
             config.clip,
+            config.penalty,
             config.server.delay_compensation,
             loop,
             config.server.threads,
@@ -458,6 +472,9 @@ class Trainer:
         path = self._written
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
             self._log_model(load(path), preparation, tracker)
+        overfits = overfitting(self._looks)
+        if overfits is not None:
+            tracker.tag("distrain.overfitting", overfits)
         startup = self._first_step_ms / 1000 - self._began if self._first_step_ms else math.nan
         training = outcome.training_s
         if self._lost_servers and self._first_step_ms:  # their time counts too
@@ -478,6 +495,7 @@ class Trainer:
             rows_per_epoch=preparation.train.plan.num_rows,
             worker_failures=failures,
             peak_worker_bytes=peak_bytes,
+            overfitting=overfits,
             seconds={"startup": startup, "training": training, "total": math.nan},
         )
 
@@ -493,8 +511,7 @@ class Trainer:
             ModelInput(
                 name, tensor, tuple((c, kinds[c]) for c in dataset.columns.features) if name == "features" else ()
             )
-            for name, tensor in rows.items()
-            if name != "label"
+            for name, tensor in inputs_of(rows).items()
         ]
         tracker.model(model.eval(), inputs, checkpoint.manifest["step"])
         tracker.artifact_file(checkpoint.path / MODEL)

@@ -63,7 +63,8 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
             "train.yaml:1: data.label: missing; it has no default",
             "train.yaml:3: batchsize: no such key; did you mean batch_size?",
             "train.yaml:4: model.hidden[1]: must be at least 1, got -1",
-            "train.yaml:5: loss.name: 'mes' is not supported; it may be mse, cross_entropy, binary_cross_entropy; "
+            "train.yaml:5: loss.name: 'mes' is not supported; it may be mse, mae, huber, cross_entropy, focal, "
+            "binary_cross_entropy, binary_focal; "
             "did you mean mse?",
             "train.yaml:6: clip: give exactly one of norm and value",
             "train.yaml:7: server.mode: 'asinc' is not supported; it may be sync, async; did you mean async?",

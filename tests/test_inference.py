@@ -82,7 +82,7 @@ class Digits:
                 "label": "y",
                 "standardize": True,
             },
-            model={"hidden": [32], "batch_norm": True, "dropout": 0.2},
+            model={"hidden": [32], "normalization": "batch", "dropout": 0.2},
         )
         train = torch.from_numpy(self.pixels[:1400])
         target = torch.from_numpy(self.label[:1400])

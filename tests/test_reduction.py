@@ -11,7 +11,7 @@ from distrain.reduction import Block, Partial, TreeSum
 
 def leaves(num_shards: int, seed: int) -> list[Partial]:
     values = np.random.default_rng(seed).normal(size=(num_shards, 5)).astype(np.float32) * 1e3
-    return [Partial(values[i].copy(), i + 1, float(values[i].sum()), i) for i in range(num_shards)]
+    return [Partial(values[i].copy(), i + 1, float(values[i].sum()), i + 1.0, i) for i in range(num_shards)]
 
 
 def recursive_sum(values: np.ndarray, first: int, width: int) -> np.ndarray:

@@ -71,22 +71,23 @@ class Columns:
     feature_list: bool = False
     label_is_integer: bool = False
     transform: str | None = None
+    weight: str | None = None
 
     @property
     def read(self) -> tuple[str, ...]:
         """The only columns that are ever read."""
-        return (*self.features, *self.labels)
+        return (*self.features, *self.labels, *((self.weight,) if self.weight is not None else ()))
 
     def to_tensors(self, batch: pa.RecordBatch, where: Location) -> Batch:
         """One batch of rows as {"features": float32 [rows, num_features], "label": int64 or float32 [rows] or
-        [rows, labels]}, or what the transform makes of it.
+        [rows, labels], "weight": float32 [rows] where there is a weight column}, or what the transform makes of it.
 
         Raises DataError naming file, row group, column and row for a null or a value that is not finite, TrainingError
         where the transform raises or returns something else than tensors of these rows.
         """
         if self.transform is not None:
-            return self._transformed(batch, where)
-        tensors: Batch = {}
+            return self._transformed(batch, where) | self._weights(batch, where)
+        tensors = self._weights(batch, where)
         if self.features:
             tensors["features"] = torch.from_numpy(self._features(batch, where))
         if self.labels:
@@ -142,11 +143,24 @@ class Columns:
             arrays.append(values)
         return arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=1)
 
+    def _weights(self, batch: pa.RecordBatch, where: Location) -> Batch:
+        if self.weight is None:
+            return {}
+        values = _numbers(batch.column(self.weight), self.weight, where).astype(np.float32)
+        _check_finite(values, self.weight, where)
+        if (values < 0).any():
+            row = int(np.argmax(values < 0))
+            raise DataError(
+                f"{where}, column {self.weight!r}, row {where.first_row + row}: a weight of {values[row]:g}; weights "
+                "are 0 or more"
+            )
+        return {"weight": torch.from_numpy(values)}
+
     def _transformed(self, batch: pa.RecordBatch, where: Location) -> Batch:
         assert self.transform is not None
         function: Callable[[pa.RecordBatch], Any] = load_object(self.transform, "data.transform")
         try:
-            result = function(batch)
+            result = function(batch if self.weight is None else batch.drop_columns([self.weight]))
         except Exception as error:
             text = "".join(traceback.format_exception(error)).rstrip()
             raise TrainingError(

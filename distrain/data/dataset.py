@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cached_property
@@ -157,8 +157,7 @@ def open_dataset(
     for (path, _), schema in zip(found, schemas, strict=True):
         _compare(path, schema, dict(columns.types), wanted, first_path if like is None else like.files[0].path)
     if not with_labels:
-        columns = Columns(columns.features, (), columns.types, columns.num_features, columns.feature_list,
-                          transform=columns.transform)  # fmt: skip
+        columns = replace(columns, labels=(), label_is_integer=False, weight=None)
     label = columns.labels[0] if len(columns.labels) == 1 and columns.label_is_integer else None
     files = tuple(DataFile(path, size, footer.num_rows) for (path, size), footer in zip(found, footers, strict=True))
     groups = tuple(
@@ -191,8 +190,13 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
     if with_labels:
         for name in labels:
             _check_there(schema, name, path, "data.label")
+        if data.weight is not None:
+            _check_there(schema, data.weight, path, "data.weight")
+            if data.weight in labels:
+                raise DataError(f"{path}: column {data.weight!r} is both the label and the weight")
     features = _features(schema, path, data, labels)
-    kinds = {name: schema.field(name).type for name in (*features, *labels) if name in schema.names}
+    beside = labels if data.weight is None else (*labels, data.weight)
+    kinds = {name: schema.field(name).type for name in (*features, *beside) if name in schema.names}
     is_list = False
     width: int | None = len(features)
     if data.transform is None:
@@ -207,6 +211,10 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
         for name in labels if with_labels else ():
             if not is_number(kinds[name]):
                 raise DataError(f"{path}: column {name!r} is {kinds[name]}: a label is an integer, float or bool")
+    if with_labels and data.weight is not None and not is_number(kinds[data.weight]):
+        raise DataError(
+            f"{path}: column {data.weight!r} is {kinds[data.weight]}: a weight is an integer, float or bool"
+        )
     if data.transform is not None:
         width = None
     elif is_list:
@@ -222,15 +230,17 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
         feature_list=is_list,
         label_is_integer=len(labels) == 1 and with_labels and bool(pa.types.is_integer(kinds[labels[0]])),
         transform=data.transform,
+        weight=data.weight if with_labels else None,
     )
 
 
 def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The feature columns that the configuration names."""
-    others = [name for name in schema.names if name not in labels]
+    beside = labels if data.weight is None else (*labels, data.weight)
+    others = [name for name in schema.names if name not in beside]
     if data.features is None:
         kinds = zip(schema.names, schema.types, strict=True)
-        chosen = [n for n, kind in kinds if n not in labels and (data.transform is not None or is_number(kind))]
+        chosen = [n for n, kind in kinds if n not in beside and (data.transform is not None or is_number(kind))]
         if not chosen:
             raise DataError(f"{path}: no integer, float or bool column beside the label; name one in data.features")
     elif isinstance(data.features, str) and set("*?[") & set(data.features):
@@ -241,8 +251,10 @@ def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str,
         chosen = [data.features] if isinstance(data.features, str) else list(data.features)
     for name in chosen:
         _check_there(schema, name, path, "data.features")
-        if name in labels:
-            raise DataError(f"{path}: column {name!r} is both a feature and the label")
+        if name in beside:
+            raise DataError(
+                f"{path}: column {name!r} is both a feature and the {'label' if name in labels else 'weight'}"
+            )
         if chosen.count(name) > 1:
             raise DataError(f"{path}: data.features names column {name!r} more than once")
     return tuple(chosen)
@@ -308,8 +320,7 @@ def _with_width(dataset: Dataset) -> Columns:
         raise DataError(f"{where}, column {name!r}: cannot be read: {_said(error)}") from error
     if not first:
         raise DataError(f"{where}, column {name!r}, row 0: {'null' if first is None else 'an empty list'}")
-    return Columns(columns.features, columns.labels, columns.types, len(first), True, columns.label_is_integer,
-                   columns.transform)  # fmt: skip
+    return replace(columns, num_features=len(first))
 
 
 def _fingerprint(files: tuple[DataFile, ...], groups: tuple[RowGroup, ...], columns: Columns) -> str:

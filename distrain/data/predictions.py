@@ -25,39 +25,39 @@ _ROW_GROUP_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class OutputColumns:
-    """What is written for each row, given a model's `width` outputs:
+    """What is written for each row, given a model's `width` outputs, by the kind of the loss:
 
-    - cross_entropy: `prediction` (int64, the likeliest class), `probability` (float32, of that class) and, on request,
+    - classes: `prediction` (int64, the likeliest class), `probability` (float32, of that class) and, on request,
       `probabilities` (list of float32, of every class)
-    - binary_cross_entropy: `prediction` (int8, 0 or 1) and `probability` (float32, of 1)
-    - mse: `prediction` (float32)
+    - binary: `prediction` (int8, 0 or 1) and `probability` (float32, of 1)
+    - numbers: `prediction` (float32)
     - a loss of the user's own (None): `prediction`, the outputs as they are (float32, or a list of it)
 
     With several label columns there is one of each for every label: `prediction_<label>`, `probability_<label>`.
     """
 
-    loss: str | None
+    kind: str | None  # of the loss, as LossConfig has it
     labels: tuple[str, ...]
     width: int
     probabilities: bool = False
 
     def __post_init__(self) -> None:
-        if self.probabilities and self.loss != "cross_entropy":
-            raise ConfigError("probabilities of every class are there for cross_entropy only")
-        if self.loss in ("mse", "binary_cross_entropy") and self.width != len(self.labels):
+        if self.probabilities and self.kind != "classes":
+            raise ConfigError("probabilities of every class are there for losses over classes only")
+        if self.kind in ("numbers", "binary") and self.width != len(self.labels):
             raise TrainingError(f"the model gives {self.width} outputs for {len(self.labels)} label columns")
 
     @property
     def fields(self) -> list[pa.Field]:
         """Names and types of the columns, in the order of `arrays`."""
         number, whole = pa.float32(), pa.int64()
-        if self.loss == "cross_entropy":
+        if self.kind == "classes":
             fields = [pa.field("prediction", whole), pa.field("probability", number)]
             return [*fields, pa.field("probabilities", pa.list_(number))] if self.probabilities else fields
         if self._as_list:
             return [pa.field("prediction", pa.list_(number))]
         suffixes = [f"_{label}" for label in self.labels] if self.width > 1 else [""]
-        if self.loss == "binary_cross_entropy":
+        if self.kind == "binary":
             pairs = [
                 (pa.field(f"prediction{end}", pa.int8()), pa.field(f"probability{end}", number)) for end in suffixes
             ]
@@ -67,20 +67,20 @@ class OutputColumns:
     def arrays(self, outputs: Tensor) -> list[pa.Array]:
         """The columns for the model's outputs, float32 [rows, width] (or [rows] for a width of 1)."""
         outputs = outputs.to("cpu", torch.float32).reshape(len(outputs), self.width)
-        if self.loss == "cross_entropy":
+        if self.kind == "classes":
             shares, likeliest = outputs.softmax(1), outputs.argmax(1)
             arrays = [_array(likeliest), _array(shares.gather(1, likeliest[:, None])[:, 0])]
             return [*arrays, _lists(shares)] if self.probabilities else arrays
         if self._as_list:
             return [_lists(outputs)]
         columns = outputs.unbind(1)
-        if self.loss == "binary_cross_entropy":
+        if self.kind == "binary":
             return [_array(values) for logit in columns for values in ((logit > 0).to(torch.int8), logit.sigmoid())]
         return [_array(values) for values in columns]
 
     @property
     def _as_list(self) -> bool:
-        return self.loss is None and self.width not in (1, len(self.labels))
+        return self.kind is None and self.width not in (1, len(self.labels))
 
 
 class PredictionFile:

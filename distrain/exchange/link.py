@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from distrain.errors import LinkError
 
-_HEADER = struct.Struct("<BxxxiiiiiqqqqddddQ")
+_HEADER = struct.Struct("<BxxxiiiiiqqqqdddddQ")
 _GONE = "the other end of the link is gone"
 _MAX_UNPROVEN_BYTES = 4096  # what a peer may send before it has proved itself
 _HANDSHAKE_SECONDS = 10.0
@@ -61,6 +61,7 @@ class Frame:
     samples: int = 0  # push: rows of the block; task: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
     loss: float = 0.0  # sum over the samples
+    weight: float = 0.0  # sum of the rows' weights
     squares: float = 0.0  # of the microbatches' summed gradients: norms, squared and added up; 0: not taken
     data_s: float = 0.0
     compute_s: float = 0.0
@@ -259,15 +260,29 @@ def _received(count: int) -> int:
 def _pack(frame: Frame, num_bytes: int) -> bytes:
     return _HEADER.pack(
         frame.kind, frame.first, frame.stop, frame.incarnation, frame.slot, frame.version, frame.round, frame.step,
-        frame.samples, frame.data_bytes, frame.loss, frame.squares, frame.data_s, frame.compute_s, num_bytes,
+        frame.samples, frame.data_bytes, frame.loss, frame.weight, frame.squares, frame.data_s, frame.compute_s,
+        num_bytes,
     )  # fmt: skip
 
 
 def _unpack(header: bytearray) -> tuple[Frame, int]:
     kind, *fields, size = _HEADER.unpack(header)
-    first, stop, incarnation, slot, version, round_, step, samples, data_bytes, loss, squares, data_s, compute_s = (
-        fields
-    )
+    (
+        first,
+        stop,
+        incarnation,
+        slot,
+        version,
+        round_,
+        step,
+        samples,
+        data_bytes,
+        loss,
+        weight,
+        squares,
+        data_s,
+        compute_s,
+    ) = fields
     try:
         kind = Kind(kind)
     except ValueError as error:
@@ -285,6 +300,7 @@ def _unpack(header: bytearray) -> tuple[Frame, int]:
             samples,
             data_bytes,
             loss,
+            weight,
             squares,
             data_s,
             compute_s,

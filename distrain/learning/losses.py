@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distrain.config import LossConfig, ModelConfig
-from distrain.errors import ConfigError, DataError, TrainingError
+from distrain.config import BINARY, CATEGORICAL, LossConfig
+from distrain.errors import DataError, TrainingError
 from distrain.imports import load_object
-
-if TYPE_CHECKING:
-    from distrain.data.dataset import Dataset
 
 PerRow = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,48 +33,101 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def mse(outputs: Tensor, label: Tensor) -> Tensor:
-    """Mean squared error, (output - label)^2, averaged over a row's outputs."""
+    """Mean squared error, (output - label)^2, averaged over a row's outputs (torch.nn.MSELoss)."""
     return _rows(functional.mse_loss(align(outputs, label), label.to(outputs.dtype), reduction="none"))
 
 
-def cross_entropy(outputs: Tensor, label: Tensor) -> Tensor:
-    """Categorical cross-entropy, -log softmax(outputs)[label], from logits [rows, classes] and int64 labels [rows]."""
+def mae(outputs: Tensor, label: Tensor) -> Tensor:
+    """Mean absolute error, |output - label|, averaged over a row's outputs (torch.nn.L1Loss)."""
+    return _rows(functional.l1_loss(align(outputs, label), label.to(outputs.dtype), reduction="none"))
+
+
+def huber(outputs: Tensor, label: Tensor, delta: float = 1.0) -> Tensor:
+    """Huber loss (Huber 1964), averaged over a row's outputs: with r = |output - label|, r^2 / 2 where r <= delta, else
+    delta (r - delta / 2). Outliers pull with at most `delta`."""
+    return _rows(functional.huber_loss(align(outputs, label), label.to(outputs.dtype), reduction="none", delta=delta))
+
+
+def cross_entropy(outputs: Tensor, label: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Categorical cross-entropy, -log softmax(outputs)[label], from logits [rows, classes] and int64 labels [rows].
+
+    With smoothing s the target is 1 - s + s / classes for the label and s / classes for the others (Szegedy et al.
+    2016, section 7).
+    """
+    _check_classes("cross_entropy", outputs, label)
+    return functional.cross_entropy(outputs, label, reduction="none", label_smoothing=label_smoothing)
+
+
+def focal(outputs: Tensor, label: Tensor, gamma: float = 2.0) -> Tensor:
+    """Categorical focal loss, -(1 - p)^gamma log p with p = softmax(outputs)[label] (Lin et al. 2017, equation 4, over
+    classes): rows that are right already count less. From logits [rows, classes] and int64 labels [rows]."""
+    _check_classes("focal", outputs, label)
+    log_p = functional.log_softmax(outputs, dim=1).gather(1, label[:, None])[:, 0]
+    return -(-torch.expm1(log_p)).clamp(min=0.0).pow(gamma) * log_p
+
+
+def binary_cross_entropy(outputs: Tensor, label: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Binary cross-entropy from logits, -y log p - (1 - y) log(1 - p) with p = sigmoid(output), averaged over a row's
+    labels (several: multi-label). With smoothing s, y becomes y (1 - s) + s / 2."""
+    logits = align(outputs, label)
+    target = label.to(outputs.dtype) * (1 - label_smoothing) + label_smoothing / 2
+    return _rows(functional.binary_cross_entropy_with_logits(logits, target, reduction="none"))
+
+
+def binary_focal(outputs: Tensor, label: Tensor, gamma: float = 2.0) -> Tensor:
+    """Binary focal loss from logits (Lin et al. 2017, equation 4): binary cross-entropy times (1 - p_t)^gamma, where
+    p_t is the probability given to the label; averaged over a row's labels."""
+    logits, target = align(outputs, label), label.to(outputs.dtype)
+    cross = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    wrong = torch.sigmoid(logits) * (1 - target) + torch.sigmoid(-logits) * target  # 1 - p_t, without cancellation
+    return _rows(wrong.pow(gamma) * cross)
+
+
+def _check_classes(name: str, outputs: Tensor, label: Tensor) -> None:
     if outputs.ndim != 2 or label.ndim != 1:
         raise TrainingError(
-            f"cross_entropy takes outputs [rows, classes] and one label a row, got {tuple(outputs.shape)} and "
+            f"{name} takes outputs [rows, classes] and one label a row, got {tuple(outputs.shape)} and "
             f"{tuple(label.shape)}; for several label columns use binary_cross_entropy or mse"
         )
-    return functional.cross_entropy(outputs, label, reduction="none")
 
 
-def binary_cross_entropy(outputs: Tensor, label: Tensor) -> Tensor:
-    """Binary cross-entropy from logits, averaged over a row's labels."""
-    logits = align(outputs, label)
-    return _rows(functional.binary_cross_entropy_with_logits(logits, label.to(outputs.dtype), reduction="none"))
-
-
-LOSSES: dict[str, PerRow] = {"mse": mse, "cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mse": mse,
+    "mae": mae,
+    "huber": huber,
+    "cross_entropy": cross_entropy,
+    "focal": focal,
+    "binary_cross_entropy": binary_cross_entropy,
+    "binary_focal": binary_focal,
+}
 
 
 class Loss:
-    """A loss by name, or the user's own."""
+    """A loss by name, or the user's own.
 
-    def __init__(self, config: LossConfig) -> None:
+    `class_weights`, float32 [classes], multiply the loss of each row by its class's weight.
+    """
+
+    def __init__(self, config: LossConfig, class_weights: Tensor | None = None) -> None:
         self.name = config.name if config.factory is None else None
+        self._options = config.options
+        if class_weights is None and isinstance(config.class_weights, list):
+            class_weights = torch.tensor(config.class_weights)
+        self._class_weights = class_weights
         if self.name is not None:
-            self._function = LOSSES[self.name]
+            self._function: PerRow = LOSSES[self.name]
         else:
             assert config.factory is not None
             self._factory = config.factory
             self._function = load_object(config.factory, "loss.factory")(**config.args)
 
     def per_sample(self, outputs: Tensor, label: Tensor) -> Tensor:
-        """The loss of each row, float32 [rows].
+        """The loss of each row, float32 [rows], before weights.
 
         Raises DataError for a label the loss cannot take, TrainingError where shapes do not fit.
         """
         self._check_label(outputs, label)
-        values = self._function(outputs, label)
+        values = self._function(outputs, label, **self._options)
         if self.name is None and values.shape != label.shape[:1]:
             raise TrainingError(
                 f"loss.factory: {self._factory} gave {tuple(values.shape)} for {len(label)} rows; a loss must give one "
@@ -86,19 +135,42 @@ class Loss:
             )
         return values
 
+    def weights(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """The weight of each row, float32 [rows]: its own times its class's. None where all count the same."""
+        weights = batch.get("weight")
+        if self._class_weights is not None:
+            of_class = self._class_weights[batch["label"].to(torch.int64)]
+            weights = of_class if weights is None else weights * of_class
+        return weights
+
+    def total(
+        self, outputs: Tensor, batch: dict[str, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, float]:
+        """The weighted sum of the rows' losses, a scalar to be differentiated, and the sum of the weights.
+
+        A step's loss is the first over the second, each added up over its microbatches: the weighted mean, as
+        torch.nn.CrossEntropyLoss(weight) and scikit-learn's log_loss have it. Without weights the second is the number
+        of rows. `dtype` is that of the sum, where not the loss's own.
+        """
+        values = self.per_sample(outputs, batch["label"])
+        weights = self.weights(batch)
+        if weights is None:
+            return values.sum(dtype=dtype), float(len(values))
+        return (values * weights).sum(dtype=dtype), float(weights.sum(dtype=torch.float64))
+
     def _check_label(self, outputs: Tensor, label: Tensor) -> None:
-        if self.name == "cross_entropy":
+        if self.name in CATEGORICAL:
             low, high = torch.aminmax(label)
             classes = outputs.shape[-1]
             if low < 0 or high >= classes:
                 value = int(low) if low < 0 else int(high)
-                raise LabelError(f"label {value} is out of range: cross_entropy over {classes} classes takes labels "
+                raise LabelError(f"label {value} is out of range: {self.name} over {classes} classes takes labels "
                                  f"0..{classes - 1}", value)  # fmt: skip
-        elif self.name == "binary_cross_entropy":
+        elif self.name in BINARY:
             low, high = torch.aminmax(label)
             if low < 0 or high > 1:
                 bad = float(low) if low < 0 else float(high)
-                raise LabelError(f"label {bad:g} is out of range: binary_cross_entropy takes labels in [0, 1]", bad)
+                raise LabelError(f"label {bad:g} is out of range: {self.name} takes labels in [0, 1]", bad)
 
 
 class LabelError(DataError):
@@ -107,42 +179,3 @@ class LabelError(DataError):
     def __init__(self, message: str, value: float = 0.0) -> None:
         super().__init__(message)
         self.value = value
-
-
-def build_loss(config: LossConfig) -> Loss:
-    """The loss that the configuration names."""
-    return Loss(config)
-
-
-def num_outputs(model: ModelConfig, loss: LossConfig, dataset: Dataset) -> int:
-    """How many outputs the model needs for this loss and label.
-
-    Raises ConfigError when the label's type does not fit the loss, or when the classes cannot be counted; DataError
-    when the footers already show a label out of range.
-    """
-    columns = dataset.columns
-    if loss.name != "cross_entropy" or loss.factory is not None:
-        return model.outputs or len(columns.labels)
-    name = columns.labels[0]
-    if len(columns.labels) > 1:
-        raise ConfigError(
-            f"loss: cross_entropy takes one label column, data.label names {len(columns.labels)}; for several use "
-            "binary_cross_entropy or mse"
-        )
-    if not columns.label_is_integer:
-        raise ConfigError(f"loss: cross_entropy needs integer labels, and column {name!r} is not; use mse")
-    if dataset.label_range is None:
-        if model.outputs is None:
-            raise ConfigError(
-                f"model.outputs: the footers do not say how many classes column {name!r} has; give their number"
-            )
-        return model.outputs
-    low, high = dataset.label_range
-    outputs = model.outputs or high + 1
-    if low < 0 or high >= outputs:
-        value = low if low < 0 else high
-        raise DataError(
-            f"{dataset.label_place(value)}, column {name!r}: label {value} is out of range: cross_entropy over "
-            f"{outputs} classes takes labels 0..{outputs - 1}"
-        )
-    return outputs

@@ -19,24 +19,24 @@ class Metrics:
     """
 
     def __init__(self, loss: LossConfig) -> None:
-        self._loss = loss.name if loss.factory is None else None
-        self.num_sums = {"cross_entropy": 2, "binary_cross_entropy": 2, "mse": 5}.get(self._loss or "", 1)
+        self._kind = loss.kind
+        self.num_sums = {"classes": 2, "binary": 2, "numbers": 5}.get(self._kind or "", 1)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The metrics' names, beside "loss"."""
-        if self._loss in ("cross_entropy", "binary_cross_entropy"):
+        if self._kind in ("classes", "binary"):
             return ("accuracy",)
-        return ("mean_absolute_error", "r2") if self._loss == "mse" else ()
+        return ("mean_absolute_error", "r2") if self._kind == "numbers" else ()
 
     def sums(self, outputs: Tensor, label: Tensor) -> list[float]:
         """The sums over one microbatch."""
-        if self._loss == "cross_entropy":
+        if self._kind == "classes":
             return [float((outputs.argmax(1) == label).sum()), float(len(label))]
-        if self._loss == "binary_cross_entropy":
+        if self._kind == "binary":
             right = (align(outputs, label) > 0) == (label > 0.5)
             return [float(right.sum()), float(right.numel())]
-        if self._loss == "mse":
+        if self._kind == "numbers":
             target = label.to(torch.float64)
             error = align(outputs, label).to(torch.float64) - target
             totals = (error.abs(), error.square(), target, target.square())
@@ -46,9 +46,9 @@ class Metrics:
     def combine(self, sums: list[float]) -> dict[str, float]:
         """The metrics over everything that was summed. R^2 = 1 - sum of squared errors / sum of squares about the
         mean; left out where the label is constant, as far as sums in float64 can tell."""
-        if self._loss in ("cross_entropy", "binary_cross_entropy"):
+        if self._kind in ("classes", "binary"):
             return {"accuracy": sums[0] / sums[1]}
-        if self._loss == "mse":
+        if self._kind == "numbers":
             absolute, squared, total, squares, count = sums
             spread = squares - total * total / count
             metrics = {"mean_absolute_error": absolute / count}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import chain
 
@@ -25,17 +26,30 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+    "group": lambda units: nn.GroupNorm(_groups(units), units),
+}
+_MOST_GROUPS = 32  # as in Wu and He 2018
+
+
+def _groups(units: int) -> int:
+    """The most groups, of equal size, that so many units can be cut into."""
+    return next(count for count in range(min(_MOST_GROUPS, units), 0, -1) if units % count == 0)
+
+
 class MLP(nn.Sequential):
     """A multilayer perceptron: [rows, num_features] -> [rows, num_outputs], activations between the linear layers."""
 
     def __init__(self, num_features: int, hidden: list[int], num_outputs: int, activation: str = "relu",
-                 dropout: float = 0.0, batch_norm: bool = False) -> None:  # fmt: skip
+                 dropout: float = 0.0, normalization: str | None = None) -> None:  # fmt: skip
         layers: list[nn.Module] = []
         width = num_features
         for units in hidden:
             layers.append(nn.Linear(width, units))
-            if batch_norm:
-                layers.append(nn.BatchNorm1d(units))
+            if normalization is not None:
+                layers.append(NORMALIZATIONS[normalization](units))
             layers.append(ACTIVATIONS[activation]())
             if dropout:
                 layers.append(nn.Dropout(dropout))
@@ -81,7 +95,7 @@ def build_model(
                 f"model.activation: no activation {config.activation!r}{_did_you_mean(config.activation)}; there are "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        model = MLP(num_features, config.hidden, num_outputs, config.activation, config.dropout, config.batch_norm)
+        model = MLP(num_features, config.hidden, num_outputs, config.activation, config.dropout, config.normalization)
     if statistics is not None:
         model = Standardized(model, *statistics)
     return model
@@ -110,9 +124,14 @@ def _from_factory(config: ModelConfig) -> nn.Module:
     return model
 
 
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A microbatch without what only the loss takes."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("label", "weight")}
+
+
 def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Run the model on a microbatch: by position where its only input is "features", else by keyword."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "label"}
+    inputs = inputs_of(batch)
     return model(inputs["features"]) if inputs.keys() == {"features"} else model(**inputs)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distrain.config import OptimizerConfig
 from distrain.errors import ConfigError
@@ -84,13 +84,19 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
 
 
+def is_spared(model: nn.Module) -> Callable[[str, Tensor], bool]:
+    """Tells which parameters (name, parameter) go without weight decay and penalties: biases, and all of normalization
+    layers."""
+    of_norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
+    return lambda name, p: id(p) in of_norms or name.rpartition(".")[2].startswith("bias")
+
+
 def _groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not config.weight_decay or config.decay_all:
         return [{"params": [p for _, p in trainable]}]
-    of_norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
-    spared = [p for name, p in trainable if id(p) in of_norms or name.rpartition(".")[2].startswith("bias")]
-    spared_ids = {id(p) for p in spared}
-    decayed = [p for _, p in trainable if id(p) not in spared_ids]
+    is_without = is_spared(model)
+    spared = [p for name, p in trainable if is_without(name, p)]
+    decayed = [p for name, p in trainable if not is_without(name, p)]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import LossConfig, ModelConfig
-from distrain.learning.losses import Loss, build_loss
+from distrain.data.statistics import Statistics
+from distrain.learning.losses import Loss
 from distrain.learning.metrics import Metrics
 from distrain.learning.models import build_model
 
@@ -24,6 +25,18 @@ class TaskSpec:
     standardize: bool
     seed: int
 
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes' rows have to be counted beforehand: for balanced class weights."""
+        if self.loss.class_weights != "balanced":
+            return None
+        return 2 if self.loss.kind == "binary" else self.num_outputs
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the training rows have to be read once before training."""
+        return self.standardize or self.num_classes is not None
+
 
 @dataclass(frozen=True)
 class Task:
@@ -32,15 +45,24 @@ class Task:
     metrics: Metrics
 
 
-def build_task(spec: TaskSpec, statistics: tuple[Tensor, Tensor] | None = None) -> Task:
+def build_task(spec: TaskSpec, statistics: Statistics | None = None) -> Task:
     """Build the model (seeded), the loss and its metrics.
 
-    `statistics` is (mean, deviation), float32 [num_features] each; a worker leaves it out and gets the values with the
-    published buffers.
+    What `statistics` hold becomes buffers of the model; a worker leaves them out and gets the values with the published
+    buffers.
     """
-    if spec.standardize and statistics is None:
-        assert spec.num_features is not None
-        statistics = torch.zeros(spec.num_features), torch.ones(spec.num_features)
+    scaling = None
+    if spec.standardize:
+        if statistics is not None:
+            assert statistics.mean is not None and statistics.deviation is not None
+            scaling = statistics.mean, statistics.deviation
+        else:
+            assert spec.num_features is not None
+            scaling = torch.zeros(spec.num_features), torch.ones(spec.num_features)
     torch.manual_seed(spec.seed)
-    model = build_model(spec.model, spec.num_features, spec.num_outputs, statistics)
-    return Task(model, build_loss(spec.loss), Metrics(spec.loss))
+    model = build_model(spec.model, spec.num_features, spec.num_outputs, scaling)
+    class_weights: Tensor | None = None
+    if spec.num_classes is not None:
+        class_weights = statistics.balanced_weights if statistics is not None else torch.ones(spec.num_classes)
+        model.register_buffer("class_weights", class_weights)
+    return Task(model, Loss(spec.loss, class_weights), Metrics(spec.loss))

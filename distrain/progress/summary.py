@@ -51,6 +51,8 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("train loss", number(values["train_loss"])))
     if values.get("validation"):
         rows.append(("validation", metrics_line({k: v for k, v in values["validation"].items() if v is not None})))
+    if values.get("overfitting"):
+        rows.append(("note", str(values["overfitting"])))
     if values.get("worker_failures"):
         rows.append(("workers lost", f"{values['worker_failures']:,}"))
     seconds = values.get("seconds") or {}

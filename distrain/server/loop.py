@@ -12,7 +12,7 @@ import torch
 
 from distrain.config import ConvergenceConfig, EarlyStoppingConfig, TargetConfig
 from distrain.data.plan import Plan
-from distrain.errors import DistrainError
+from distrain.errors import DistrainError, TrainingDataError
 from distrain.exchange.link import Hub, Kind
 from distrain.learning.fingerprint import parameters_sha256
 from distrain.learning.metrics import Metrics
@@ -225,7 +225,7 @@ class Loop:
         update = self._server.apply(parts, self.step + 1, read)
         if squares := sum(part.squares for part in parts):
             microbatches = [self._plan.num_rows_of(*m) for m in round_.microbatches if m not in dropped]
-            self._noise_scale.add(squares, (update.grad_norm * update.samples) ** 2, microbatches)
+            self._noise_scale.add(squares, (update.data_norm * update.weight) ** 2, microbatches)
         epoch, _ = self._plan.position(round_.microbatches[0][0])
         self.step += 1
         self._rounds.stepped(self.step)
@@ -254,6 +254,7 @@ class Loop:
             step_s=step_s,
             workers=self._rounds.num_members,
             waiting_s=slowest_s - data_s - compute_s,
+            penalty=update.penalty,
             staleness=lag,
             dropped=len(dropped),
             noise_scale=self._noise_scale.now,
@@ -312,6 +313,7 @@ class Loop:
         assert self._validation_plan is not None
         start = time.perf_counter()
         sums, samples, loss = torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0
+        weight = 0.0
         for step in range(self._validation_plan.steps_per_epoch):
             shards = [(step, shard) for shard in range(self._validation_plan.num_shards)]
             round_ = self._rounds.begin(Kind.VALIDATE, shards, self.step)
@@ -325,7 +327,10 @@ class Loop:
                 sums += part.vector
                 samples += part.samples
                 loss += part.loss
-        self._validation = {"loss": loss / samples, **self._metrics.combine(sums.tolist())}
+                weight += part.weight
+        if not weight:
+            raise TrainingDataError("the weights of all validation rows add up to 0")
+        self._validation = {"loss": loss / weight, **self._metrics.combine(sums.tolist())}
         self._validated_at = self.step
         now = time.perf_counter()
         self._mark += now - start

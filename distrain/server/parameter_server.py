@@ -11,21 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
-from distrain.errors import CheckpointError, DivergenceError
+from distrain.errors import CheckpointError, DivergenceError, TrainingDataError
 from distrain.exchange.memory import Layout, Published, views
-from distrain.learning.clipping import PIECE, Norm, clip_
+from distrain.learning.clipping import PIECE, Norm, clip_, global_norm
 from distrain.learning.model_state import restore_model
 from distrain.learning.optimizers import build_optimizer
+from distrain.learning.penalties import Penalty
 from distrain.learning.schedules import build_schedule
 from distrain.reduction import Partial
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one update did. `grad_norm` is the averaged gradient's L2 norm before clipping."""
+    """What one update did. `grad_norm` is the averaged gradient's L2 norm before clipping, penalties included, and
+    `data_norm` that without them; `weight` the sum of the rows' weights."""
 
     samples: int
+    weight: float
     loss: float
+    penalty: float
+    data_norm: float
     grad_norm: float
     lr: float
     clipped: bool
@@ -48,6 +53,7 @@ class ParameterServer:
         clip: ClipConfig | None = None,
         staleness: int = 0,
         delay_compensation: float = 0.0,
+        penalty: Penalty | None = None,
     ) -> None:
         self.model = model
         self.layout = Layout.of(model)
@@ -56,7 +62,7 @@ class ParameterServer:
         self.current.store_buffers(model)
         self.published = [Published(self.layout) for _ in range(staleness + 1)] if staleness else [self.current]
         self._publish(0)
-        self._delay_compensation = delay_compensation
+        self._delay_compensation, self._penalty = delay_compensation, penalty
         self._mean = torch.zeros(self.layout.num_floats)
         self._gradients = self._mean[: self.layout.num_gradients]
         for parameter, view in zip(model.parameters(), views(self._mean, self.layout.parameters), strict=True):
@@ -82,8 +88,13 @@ class ParameterServer:
         """
         start = time.perf_counter()
         samples = sum(half.samples for half in halves)
-        loss = sum(half.loss for half in halves) / samples
-        norm = self._average([half.vector for half in halves], samples)
+        weight = sum(half.weight for half in halves)
+        if not weight:
+            raise TrainingDataError(
+                f"step {step}: the weights of its {samples} rows add up to 0, so it has no mean loss"
+            )
+        loss = sum(half.loss for half in halves) / weight
+        norm = data_norm = self._average([half.vector for half in halves], samples, weight)
         if not math.isfinite(norm) or not math.isfinite(loss):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise DivergenceError(
@@ -92,13 +103,18 @@ class ParameterServer:
             )
         if self._delay_compensation and read is not None:
             self._compensate(read)
+        penalty = 0.0
+        if self._penalty is not None:
+            penalty = self._penalty.add_gradient()
+            norm = global_norm(self._gradients)
         clipped = clip_(self._gradients, self._clip, norm)
         lr = self.schedule.lr
         self.optimizer.step()
         self.schedule.step()
         self._update_buffers()
         self._publish(step)
-        return Update(samples, loss, norm, lr, clipped, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Update(samples, weight, loss, penalty, data_norm, norm, lr, clipped, seconds)
 
     def _publish(self, step: int) -> None:
         """Let workers read the parameters after update `step`."""
@@ -113,17 +129,19 @@ class ParameterServer:
         moved = self.current.floats[:n] - read.floats[:n]
         self._gradients.addcmul_(moved.mul_(self._gradients), self._gradients, value=self._delay_compensation)
 
-    def _average(self, sums: list[Tensor], samples: int) -> float:
-        """Write the average of the summed vectors, and return the gradient's norm in float64.
+    def _average(self, sums: list[Tensor], samples: int, weight: float) -> float:
+        """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and return the
+        gradient's norm in float64.
 
         In pieces that stay in the cache: memory, not arithmetic, is what an update waits for.
         """
         pieces = zip(self._pieces, *(vector.split(self._sizes) for vector in sums), strict=True)
         for number, (mean, *parts) in enumerate(pieces):
+            share = 1.0 / (weight if number < self._num_gradient_pieces else samples)
             if len(parts) == 2:
-                torch.add(parts[0], parts[1], out=mean).mul_(1.0 / samples)
+                torch.add(parts[0], parts[1], out=mean).mul_(share)
             else:
-                torch.mul(parts[0], 1.0 / samples, out=mean)
+                torch.mul(parts[0], share, out=mean)
             if number < self._num_gradient_pieces:
                 self._norm.add(mean)
         return self._norm.take()

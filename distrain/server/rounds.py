@@ -297,7 +297,7 @@ class Rounds:
             round_.num_bytes += frame.data_bytes
             round_.taken += block.stop - block.first
             round_.owner = member
-            round_.tree.put(block, Partial(vector, frame.samples, frame.loss, squares=frame.squares))
+            round_.tree.put(block, Partial(vector, frame.samples, frame.loss, frame.weight, squares=frame.squares))
             if round_.taken >= round_.needed and round_.whole_at is None:
                 round_.whole_at = next(self._whole)
         self._deal(self._ledger.claim(member.incarnation))

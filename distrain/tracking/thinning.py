@@ -51,7 +51,13 @@ def step_speed_points(steps: StepSums) -> list[Point]:
 
 def step_learning_points(steps: StepSums) -> list[Point]:
     """The learning rate, the gradient's norm, the loss. The loss is last: where it was stored, all was."""
-    values = {"train/lr": steps.lr, "train/grad_norm": steps.grad_norm / steps.num_steps, "train/loss": steps.loss}
+    penalty = {"train/penalty": steps.penalty / steps.num_steps} if steps.penalty else {}
+    values = {
+        **penalty,
+        "train/lr": steps.lr,
+        "train/grad_norm": steps.grad_norm / steps.num_steps,
+        "train/loss": steps.loss,
+    }
     return _points(values, steps)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from distrain.config import DataConfig
 from distrain.data.dataset import Dataset, open_dataset
-from distrain.data.statistics import feature_statistics
+from distrain.data.statistics import measure
 from distrain.errors import DataError, TrainingError
 from tests.support.jobs import write_rows
 
@@ -203,7 +203,8 @@ def test_statistics_in_one_pass_agree_with_numpy(tmp_path: Path):
     rng = np.random.default_rng(0)
     values = rng.normal(1e3, 0.1, size=(500, 2))
     write(tmp_path / "x.parquet", 33, a=values[:, 0], b=values[:, 1], constant=np.full(500, 7.0), label=np.zeros(500))
-    mean, deviation = feature_statistics(opened(tmp_path))
+    found = measure(opened(tmp_path), True)
+    mean, deviation = found.mean, found.deviation
     kept = values.astype(np.float32).astype(np.float64)
     np.testing.assert_allclose(mean.numpy()[:2], kept.mean(0), rtol=1e-7)
     np.testing.assert_allclose(deviation.numpy()[:2], kept.std(0), rtol=1e-5)

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from distrain.config import ClipConfig, ConvergenceConfig, EarlyStoppingConfig, OptimizerConfig
+from distrain.config import (
+    ClipConfig,
+    ConvergenceConfig,
+    EarlyStoppingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+)
 from distrain.data.plan import Plan
-from distrain.errors import DivergenceError, TrainingError
+from distrain.errors import DivergenceError, TrainingDataError, TrainingError
 from distrain.exchange.link import Frame
 from distrain.exchange.memory import Published
+from distrain.learning.task import TaskSpec, build_task
 from distrain.reduction import Partial
 from distrain.server.loop import LoopSettings
 from distrain.worker import Source, Worker
@@ -32,7 +42,7 @@ def source(rows: int = 137, batch_size: int = 16, shards: int = 4, seed: int = 0
 
 def job(**loop) -> Job:
     settings = LoopSettings(**{"epochs": 3, **loop})
-    return Job(source(), task({"hidden": [8], "batch_norm": True}), source(50, shuffle=False), loop=settings)
+    return Job(source(), task({"hidden": [8], "normalization": "batch"}), source(50, shuffle=False), loop=settings)
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +296,7 @@ def test_delay_compensation_adds_the_change_that_the_gradient_missed():
     before = server.current.floats.clone()
     server._delay_compensation = 0.1
     server.optimizer = torch.optim.SGD(server.model.parameters(), lr=1.0)
-    server.apply((Partial(gradient.clone(), 1, 0.0),), 1, read)
+    server.apply((Partial(gradient.clone(), 1, 0.0, 1.0),), 1, read)
     for entry in server.layout.parameters:
         part = slice(entry.start, entry.start + entry.numel)
         g = gradient[part]
@@ -411,3 +421,55 @@ def test_more_workers_than_shards_leaves_some_idle_but_ready():
     the_job = job(num_workers=6)
     run, _ = train(the_job, 6)
     assert run.outcome.status == "finished"
+
+
+def weighted(rows: int = 137) -> Source:
+    """Rows of three classes that do not count the same."""
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(rows, 4)).astype(np.float32)
+    dataset = ArrayDataset(features, rng.integers(0, 3, rows), row_group_rows=17)
+    dataset.weight = torch.from_numpy(rng.uniform(0, 2, rows).astype(np.float32))
+    return Source(dataset, Plan(dataset.row_counts, 16, 4, shuffle_rows=40, seed=3))
+
+
+def test_weights_and_penalties_give_the_same_bits_at_any_worker_count():
+    loss = LossConfig(name="focal", class_weights=[1.0, 0.5, 3.0])
+    spec = TaskSpec(ModelConfig(hidden=[8], normalization="batch"), loss, 4, 3, False, 0)
+    the_job = Job(weighted(), spec, loop=LoopSettings(epochs=2), penalty=PenaltyConfig(l1=1e-3, l2=1e-2))
+    runs = [train(the_job, workers) for workers in (1, 2, 3)]
+    assert len({run.outcome.parameters_sha256 for run, _ in runs if run.outcome}) == 1
+    plain, _ = train(replace(the_job, penalty=PenaltyConfig()), 1)
+    assert plain.outcome and plain.outcome.parameters_sha256 != runs[0][0].outcome.parameters_sha256
+    assert all(record.penalty > 0 for record in runs[0][1].steps)
+
+
+def test_a_weighted_step_is_that_of_the_whole_batch_at_once():
+    """One step of SGD over all rows, in four unequal microbatches, against torch on all of them."""
+    source = weighted(50)
+    source = Source(source.dataset, Plan(source.dataset.row_counts, 50, 4, shuffle_rows=40, seed=3))
+    spec = TaskSpec(ModelConfig(hidden=[8]), LossConfig(class_weights=[1.0, 0.5, 3.0]), 4, 3, False, 0)
+    penalty = PenaltyConfig(l1=0.01, l2=0.02)
+    the_job = Job(source, spec, optimizer=OptimizerConfig(name="SGD", lr=0.5), loop=LoopSettings(epochs=1),
+                  penalty=penalty)  # fmt: skip
+    run, report = train(the_job, 2)
+    model = build_task(spec).model
+    weights = source.dataset.weight * torch.tensor([1.0, 0.5, 3.0])[source.dataset.label]
+    values = torch.nn.functional.cross_entropy(model(source.dataset.features), source.dataset.label, reduction="none")
+    loss = (values * weights).sum() / weights.sum()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    extra = sum(0.01 * w.abs().sum() + 0.02 * w.square().sum() for w in matrices)
+    (loss + extra).backward()
+    [record] = report.steps
+    assert record.loss == pytest.approx(float(loss), rel=1e-5) and record.penalty == pytest.approx(
+        float(extra), rel=1e-5
+    )
+    for mine, theirs in zip(run.server.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach(), (theirs - 0.5 * theirs.grad).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_weight_is_said():
+    source = weighted(50)
+    source.dataset.weight.zero_()
+    spec = TaskSpec(ModelConfig(hidden=[8]), LossConfig(), 4, 3, False, 0)
+    with pytest.raises(TrainingDataError, match="step 1: the weights of its 16 rows add up to 0"):
+        train(Job(source, spec, loop=LoopSettings(epochs=1)), 1)

@@ -17,6 +17,7 @@ class ArrayDataset:
         self.batch_rows = batch_rows
         self.starts = list(range(0, len(label), row_group_rows))
         self.row_counts = tuple(min(row_group_rows, len(label) - start) for start in self.starts)
+        self.weight: Tensor | None = None
         self.opened: list[tuple[int, int, int]] = []
 
     def read(self, row_group: int, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
@@ -25,4 +26,5 @@ class ArrayDataset:
         first, last = self.starts[row_group] + start, self.starts[row_group] + stop
         for at in range(first, last, self.batch_rows):
             end = min(at + self.batch_rows, last)
-            yield {"features": self.features[at:end], "label": self.label[at:end]}
+            rows = {"features": self.features[at:end], "label": self.label[at:end]}
+            yield rows if self.weight is None else {**rows, "weight": self.weight[at:end]}

@@ -44,7 +44,7 @@ def write_job(folder: Path, rows: int = 300, **changes: Any) -> Path:
             "shuffle_rows": 60,
             "standardize": True,
         },
-        "model": {"hidden": [16, 8], "dropout": 0.2, "batch_norm": True},
+        "model": {"hidden": [16, 8], "dropout": 0.2, "normalization": "batch"},
         "optimizer": {"name": "AdamW", "lr": 0.01, "weight_decay": 0.01},
         "schedule": {"name": "CosineAnnealingLR", "T_max": 60, "warmup_steps": 5},
         "clip": {"norm": 1.0},

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distrain.config import ClipConfig, LossConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from distrain.config import ClipConfig, LossConfig, ModelConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
 from distrain.errors import DistrainError
 from distrain.exchange.link import Hub
+from distrain.learning.penalties import build_penalty
 from distrain.learning.task import TaskSpec, build_task
 from distrain.records import Report
 from distrain.server.loop import Loop, LoopSettings, Outcome
@@ -32,6 +33,7 @@ class Job:
     clip: ClipConfig | None = None
     loop: LoopSettings = field(default_factory=lambda: LoopSettings(epochs=1))
     delay_compensation: float = 0.0
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
 
 @dataclass
@@ -57,7 +59,10 @@ def open_run(job: Job) -> Run:
     torch.set_num_threads(1)
     built = build_task(job.task)
     staleness = 0 if job.loop.asynchronous else job.loop.staleness or 0
-    server = ParameterServer(built.model, job.optimizer, job.schedule, job.clip, staleness, job.delay_compensation)
+    penalty = build_penalty(built.model, job.penalty)
+    server = ParameterServer(
+        built.model, job.optimizer, job.schedule, job.clip, staleness, job.delay_compensation, penalty
+    )
     hub, reports = Hub(TOKEN, "127.0.0.1"), Reports()
     validation_plan = job.validation.plan if job.validation is not None else None
     loop = Loop(server, hub, job.train.plan, job.loop, reports, built.metrics, validation_plan)
