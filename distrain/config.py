@@ -116,11 +116,30 @@ class DataConfig(_Section):
     )
 
 
+ModelName = Literal["linear", "logistic", "mlp", "cnn"]
+
+
 class ModelConfig(_Section):
     """A model by name, or from a function of the user's."""
 
-    name: Literal["mlp"] | None = Field("mlp", description="The model: mlp")
-    hidden: list[Count] = Field([256, 256], description="Units of each hidden layer")
+    name: ModelName | None = Field(
+        "mlp",
+        description="The model: linear or logistic (one linear layer; logistic takes losses from logits only), mlp, or "
+        "cnn (convolutions over images, then the layers of an mlp)",
+    )
+    hidden: list[Count] = Field([256, 256], description="mlp, cnn: units of each hidden layer")
+    image_shape: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = Field(
+        None, description="cnn: channels, height and width that a row's features are the pixels of, in this order"
+    )
+    channels: list[Count] = Field(
+        [16, 32], description="cnn: channels of each convolution; each halves height and width"
+    )
+    kernel_size: Annotated[Count, Field(le=15)] = Field(3, description="cnn: height and width of the convolutions")
+    initialization: str | None = Field(
+        None,
+        description="Of the weights of linear and convolution layers, by torch.nn.init's names: he_normal or "
+        "kaiming_normal, xavier_uniform, orthogonal, zeros, ...; biases become 0. null: torch's own",
+    )
     activation: str = Field("relu", description="Between the layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid")
     dropout: Annotated[NotNegative, Field(lt=1)] = Field(0.0, description="Share of hidden units dropped in training")
     normalization: Literal["batch", "layer", "group"] | None = Field(
@@ -136,6 +155,12 @@ class ModelConfig(_Section):
     @classmethod
     def _factory_has_no_name(cls, value: Any) -> Any:
         return _name_or_factory(value)
+
+    @model_validator(mode="after")
+    def _image_has_a_shape(self) -> ModelConfig:
+        if self.name == "cnn" and self.image_shape is None:
+            raise ValueError("cnn needs image_shape: [channels, height, width]")
+        return self
 
 
 LossName = Literal["mse", "mae", "huber", "cross_entropy", "focal", "binary_cross_entropy", "binary_focal"]
@@ -414,6 +439,11 @@ class TrainConfig(_Section):
             ):
                 if value is not None:
                     raise ValueError(f"{key} needs data.validation")
+        if self.model.name == "logistic" and self.loss.kind == "numbers":
+            raise ValueError(
+                f"model: logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "
+                "binary_cross_entropy, or model: linear"
+            )
         if self.data.standardize and self.data.transform is not None:
             raise ValueError("data.standardize has no features to measure with data.transform; leave one of them out")
         return self

@@ -86,7 +86,9 @@ def test_a_column_of_lists(round_trip):
     for cells in (list(rows), rows.tolist(), list(rows.astype("float64"))):
         frame = pd.DataFrame({"pixels": pd.Series(cells, dtype=object)})
         np.testing.assert_array_equal(loaded.predict(frame), expected)
-        np.testing.assert_array_equal(loaded.predict(frame[frame.index > 2]), expected[3:])
+        # Bits depend on the batch's size on some processors.
+        some = outputs_of(module, torch.tensor(rows[3:]))
+        np.testing.assert_array_equal(loaded.predict(frame[frame.index > 2]), some)
     ragged = pd.DataFrame({"pixels": [[0.5] * 5, [0.5] * 4]})
     with pytest.raises(ValueError, match="column pixels, row 1: 4 values where the model takes 5"):
         loaded.predict(ragged)

@@ -149,7 +149,7 @@ def test_a_store_that_stays_away_is_said_with_what_it_lacks_and_where_that_lies(
     bench.inbox.job("config.yaml", lambda run: run.log_text("config.yaml", "x"))
     assert not bench.writer.end("KILLED")
     told = bench.notes[-1]
-    for part in ("r1", "KILLED", str(bench.spool.path), "config.yaml", "26 points"):
+    for part in ("r1", "KILLED", str(bench.spool.path), "config.yaml", "28 points"):
         assert part in told
 
 
@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_written_loses_points_but_not_the_run(tmp_path, at
     bench.run.is_away = True
     bench.steps(1, 3)
     bench.writer.deliver()
-    assert any("13 points for MLflow are lost" in note for note in bench.notes)
+    assert any("14 points for MLflow are lost" in note for note in bench.notes)
     bench.run.is_away = False
     bench.steps(3, 5)
     assert bench.writer.end("FINISHED")
