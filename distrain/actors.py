@@ -6,12 +6,15 @@ import math
 import os
 import resource
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import ray
 import torch
 
+from distrain.checkpoint import Snapshot
 from distrain.config import ClipConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
 from distrain.data.statistics import measure
 from distrain.errors import ClusterError, ConfigError, DistrainError, LinkError
@@ -26,9 +29,13 @@ from distrain.server.parameter_server import ParameterServer
 from distrain.server.reports import Reports
 from distrain.worker import Source, Worker
 
+T = TypeVar("T")
+
 _MOST_THREADS = 4
 # What Ray's paragraphs on a dead actor come down to; the first that fits counts.
 _RAY_SAYS = {
+    "running low on memory": "Ray ended its process, since its node ran out of memory: fewer workers a node, a smaller "
+    "batch_size or data.shuffle_rows need less",
     "NODE_OUT_OF_MEMORY": "Ray ended its process, since its node ran out of memory: fewer workers a node, a smaller "
     "batch_size or data.shuffle_rows need less",
     "killed by `ray.kill`": "its process was ended, since it had been given up",
@@ -87,16 +94,55 @@ class Ready:
     num_parameters: int
 
 
+class _Once(Generic[T]):
+    """Gives values one after the other, and the same again to whoever did not get it.
+
+    Ray repeats a call whose answer was lost, and may have made it: so whoever calls says how many values it has.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._given = 0
+        self._last: T | None = None
+        self._error: BaseException | None = None
+
+    def get(self, number: int = 0) -> T:
+        """Value `number`, counted from 0: the next one, or the last one again."""
+        with self._lock:
+            if number == self._given:
+                self._given += 1
+                self._last = None
+                try:
+                    self._last = self._make()
+                except BaseException as error:
+                    self._error = error
+            if self._error is not None:
+                raise self._error
+            return cast(T, self._last)
+
+
 class ServerActor:
-    """The parameter server's process: `prepare`, then `run`; the rest may be called meanwhile."""
+    """The parameter server's process: `prepare`, then `run`; the rest may be called meanwhile. Any call may be made
+    twice."""
 
     def __init__(self) -> None:
         self._reports = Reports()
         self._loop: Loop | None = None
         self._stop_reason: str | None = None
+        self._prepared: _Once[Ready] | None = None
+        self._outcome = _Once(self._train)
+        self._polled = _Once(self._reports.drain)
+        self._snapshots = _Once(self._reports.take_snapshot)
+        self._lock = threading.Lock()
 
     def prepare(self, run: RunSpec, update: UpdateSpec, restored: Restored | None) -> Ready:
         """Build the model and listen for workers."""
+        with self._lock:
+            self._prepared = self._prepared or _Once(lambda: self._prepare(run, update, restored))
+        return self._prepared.get()
+
+    def _prepare(self, run: RunSpec, update: UpdateSpec, restored: Restored | None) -> Ready:
         run.prepare_process(1)
         task = run.task
         statistics = None
@@ -131,17 +177,22 @@ class ServerActor:
 
     def run(self) -> Outcome:
         """Train to the end."""
+        return self._outcome.get()
+
+    def _train(self) -> Outcome:
         assert self._loop is not None
         torch.set_num_threads(self._num_threads)  # each of Ray's threads has a count of its own
         if self._stop_reason is not None:
             self._loop.stop(self._stop_reason)
         return self._loop.run()
 
-    def poll(self) -> Report:
-        return self._reports.drain()
+    def poll(self, number: int) -> Report:
+        """What happened since the last report; the caller has `number` of them."""
+        return self._polled.get(number)
 
-    def take_snapshot(self) -> Any:
-        return self._reports.take_snapshot()
+    def take_snapshot(self, number: int) -> Snapshot | None:
+        """The oldest snapshot waiting; the caller has made `number` such calls that were answered."""
+        return self._snapshots.get(number)
 
     def stop(self, reason: str) -> None:
         self._stop_reason = reason

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
 from distrain.config import WorkersConfig
@@ -47,6 +47,7 @@ class Crew:
         self._running: Any = None  # the server's call that trains
         self._workers: dict[int, Any] = {}  # by launch
         self._launches = 0
+        self._num_reports = self._num_snapshots = 0  # had from the server
         self._worker_calls: dict[Any, tuple[int, int]] = {}  # the call under way on each worker -> (rank, launch)
         self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
         self._step = 0  # the last that the server reported
@@ -66,8 +67,13 @@ class Crew:
         self._step = restored.step if restored is not None else 0
         self._stop_sent = False
         self._server = ray.remote(ServerActor).options(
-            num_cpus=0, max_concurrency=4, max_restarts=0, scheduling_strategy=self._placement.for_server()
+            num_cpus=0,
+            max_concurrency=4,
+            max_restarts=0,
+            max_task_retries=-1,  # a call that got lost; the actor minds that it may have been made
+            scheduling_strategy=self._placement.for_server(),
         ).remote()  # fmt: skip
+        self._num_reports = self._num_snapshots = 0
         self._ready = self._server.prepare.remote(self._run, self._update, restored)
         for rank in range(self._config.most):
             if rank in self._placement.ranks:
@@ -111,7 +117,8 @@ class Crew:
 
     def report(self) -> Report:
         """What the server has to say since it was last asked. Raises ServerLost when it is dead."""
-        report: Report = _get(self._server.poll.remote())
+        report: Report = _get(self._server.poll.remote(self._num_reports))
+        self._num_reports += 1
         if report.steps:
             self._step = report.steps[-1].step
         for event in report.events:
@@ -143,7 +150,9 @@ class Crew:
 
     def take_snapshot(self) -> Any:
         """The oldest snapshot waiting at the server, or None. Raises ServerLost when it is dead."""
-        return _get(self._server.take_snapshot.remote())
+        snapshot = _get(self._server.take_snapshot.remote(self._num_snapshots))
+        self._num_snapshots += 1
+        return snapshot
 
     def peak_worker_bytes(self) -> int:
         """The most memory that a worker ever held, once the run is over; 0 where none said it in time."""
@@ -206,7 +215,7 @@ class Crew:
     def _worker_ended(self, call: Any) -> None:
         """Decide what follows on a worker's end, and do it."""
         rank, launch = self._worker_calls.pop(call)
-        del self._workers[launch]
+        actor = self._workers.pop(launch)
         self._nodes.pop(launch, None)
         has_moved = self._leaving.pop(launch, None) is not None
         try:
@@ -216,13 +225,16 @@ class Crew:
             cause: Exception = error.cause
             if isinstance(cause, DistrainError) and ray.wait([self._running], timeout=1.0)[0]:
                 return  # it told the server, which ends the run; or the server is gone
-        except RayActorError as error:
+        except RayError as error:  # it died, or ran out of memory, or is only out of reach
             cause = error
+            ray.kill(actor)
         if has_moved and any(other == rank for other, _ in self._worker_calls.values()):
             return  # its replacement is there or starts
-        decision = self._supervision.ended(rank, worker_failure(cause), self._step)
+        failure = worker_failure(cause)
+        decision = self._supervision.ended(rank, failure, self._step)
         match decision:
             case Replace(after_s=after_s):
+                self._note(f"worker {rank} is replaced: {failure}")
                 self._due.append((time.monotonic() + after_s, rank))
             case GiveUp(message=message):
                 self._note(message)
@@ -241,7 +253,7 @@ def _get(ref: Any) -> Any:
         return ray.get(ref)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, DistrainError) else error) from None
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         raise ServerLost(f"the parameter server died: {worker_failure(error)}") from error
     except RayError as error:
         raise ClusterError(f"the Ray cluster failed: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from distrain.data import reader
 from distrain.exchange.link import Kind, SocketLink
 
+_HUNGRY_BYTES = 3 << 30
 MOMENTS = ("reading", "forward", "backward", "pushing", "pushed")
 _STEP = 6
 
@@ -43,6 +45,9 @@ class _Probe(nn.Module):
                 hidden.register_hook(lambda _: _die(self._flag))
         if self._moment == "start" and self.training:
             _die(self._flag)
+        if self._moment == "memory" and self._calls >= _STEP and self.training and _claim(self._flag):
+            self._hoard = bytearray(os.urandom(1 << 20) * (_HUNGRY_BYTES >> 20))
+            time.sleep(10)  # for whoever watches memory
         return hidden
 
 

@@ -73,9 +73,9 @@ class Finished:
         return json.loads(self.stdout.splitlines()[-1])
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start the command line, with no cluster to attach to."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+def start(*arguments: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start the command line, with no cluster to attach to, and further environment variables."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | variables
     return subprocess.Popen(
         [sys.executable, "-m", "distrain.cli", *arguments],
         cwd=cwd,
@@ -87,9 +87,9 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def distrain(*arguments: str, cwd: Path, timeout_s: float = 120) -> Finished:
+def distrain(*arguments: str, cwd: Path, timeout_s: float = 120, **variables: str) -> Finished:
     """Run the command line to its end."""
-    return finish(start(*arguments, cwd=cwd), timeout_s)
+    return finish(start(*arguments, cwd=cwd, **variables), timeout_s)
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> Finished:

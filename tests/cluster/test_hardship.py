@@ -1,0 +1,105 @@
+"""Trouble that lasts: kills again and again, lost calls, a tracking server that never answers, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distrain.history import check
+from tests.support.jobs import distrain, finish, leftovers, start, wait_for, workers_of, write_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.cluster]
+
+
+def history_of(folder: Path) -> Path:
+    [run] = (folder / "checkpoints").iterdir()
+    return run / "history.jsonl"
+
+
+def test_a_kill_every_two_seconds_for_a_minute(tmp_path: Path):
+    """Steps of 10 ms and more, so that the run lasts: it ends with the same bits, in at most twice the time."""
+    job = write_job(tmp_path)
+    job = write_job(
+        tmp_path,
+        data={"train": str(tmp_path / "train"), "label": "label", "shuffle_rows": 60},
+        model={"factory": "tests.support.slow:build", "args": {"seconds": 0.01}},
+        tracking={"enabled": False},
+        epochs=160,
+    )
+    root = str(Path(__file__).parents[2])
+    undisturbed = distrain("train", str(job), "--json", cwd=tmp_path, timeout_s=200, PYTHONPATH=root)
+    assert undisturbed.code == 0, undisturbed.stderr
+    before = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    process = start("train", str(job), "checkpoint.history=true", "--json", cwd=tmp_path, PYTHONPATH=root)
+    wait_for(lambda: list(tmp_path.glob("checkpoints/*/history.jsonl")), 60, "the first step")
+    kills, end = 0, time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        for victim in workers_of(process.pid)[:1]:
+            victim.kill()
+            kills += 1
+        time.sleep(2)
+    done = finish(process, 200)
+    assert done.code == 0, done.stderr
+    assert done.result["parameters_sha256"] == undisturbed.result["parameters_sha256"]
+    assert done.result["worker_failures"] >= kills - 1 >= 5
+    assert done.result["seconds"]["training"] < 2 * undisturbed.result["seconds"]["training"]
+    [run] = [path for path in (tmp_path / "checkpoints").iterdir() if path.name not in before]
+    assert check(run / "history.jsonl")[1] == []
+
+
+def test_one_in_ten_of_rays_calls_fails(tmp_path: Path):
+    job = write_job(tmp_path, tracking={"enabled": False}, epochs=200)
+    expected = distrain("train", str(job), "--json", cwd=tmp_path)
+    failures = {"*": {"num_failures": -1, "req_failure_prob": 5, "resp_failure_prob": 5}}
+    found = distrain("train", str(job), "--json", cwd=tmp_path, RAY_testing_rpc_failure=json.dumps(failures))
+    assert found.code == 0, found.stderr
+    assert found.result["parameters_sha256"] == expected.result["parameters_sha256"]
+    assert found.result["seconds"]["total"] < 2 * expected.result["seconds"]["total"] + 5
+
+
+def test_a_tracking_server_that_never_answers_costs_no_speed(tmp_path: Path):
+    """It takes connections and says nothing, for the whole run."""
+    job = write_job(tmp_path, epochs=40)
+    before = {process.pid for process in psutil.process_iter()}
+    free = distrain("train", str(job), "tracking.enabled=false", "--json", cwd=tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        held: list[socket.socket] = []
+
+        def hold() -> None:
+            while True:
+                try:
+                    held.append(silent.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=hold, daemon=True).start()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        hung = distrain("train", str(job), f"tracking.uri={uri}", "--json", cwd=tmp_path)
+        silent.shutdown(socket.SHUT_RDWR)
+    print("hung", hung.code, hung.stderr[-600:])
+    assert hung.code == 3 or hung.code == 0, hung.stderr
+    assert "MLflow" in hung.stderr
+    if hung.code == 0:
+        assert hung.result["parameters_sha256"] == free.result["parameters_sha256"]
+    assert leftovers(before) == []
+
+
+def test_a_worker_out_of_memory_is_named_as_that(tmp_path: Path):
+    job = write_job(tmp_path, tracking={"enabled": False}, epochs=400)
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + (3 << 30)) / memory.total
+    model = f"model={{factory: 'tests.support.faults:build', args: {{moment: memory, flag: '{tmp_path / 'taken'}'}}}}"
+    settings = ("data.standardize=false", model, "workers.count=2", "--json")
+    done = distrain(
+        "train", str(job), *settings, cwd=tmp_path, timeout_s=200, PYTHONPATH=str(Path(__file__).parents[2]),
+        RAY_memory_usage_threshold=f"{threshold:.4f}", RAY_memory_monitor_refresh_ms="100",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert done.result["worker_failures"] >= 1
+    assert "its node ran out of memory" in done.stderr
