@@ -411,6 +411,14 @@ class Trainer:
                 return tracker.wait_ready()
         return tracker.run_id
 
+    def _logged_run_id(self, tracker: Tracker) -> str | None:
+        """MLflow's id of the run, at its end. A store that could not be opened costs the run's points, not its result."""
+        try:
+            return tracker.wait_ready()
+        except TrackingError as error:
+            self._progress.note(f"the run is not in MLflow: {error.message}")
+            return None
+
     @property
     def _folder(self) -> Path:
         """The run's checkpoints."""
@@ -480,7 +488,7 @@ class Trainer:
         if self._lost_servers and self._first_step_ms:  # their time counts too
             training = time.time() - self._first_step_ms / 1000
         return Result(
-            run_id=tracker.wait_ready(),
+            run_id=self._logged_run_id(tracker),
             run_name=self.run_name,
             status=outcome.status,
             reason=outcome.reason,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from distrain.tracking.writer import Writer
 
 _FLUSH_S = 2.0
+_RETRY_S = 15.0  # between attempts to open a store that did not
 _NICENESS = 19  # below Ray's workers, which run at 15
 
 
@@ -230,19 +231,27 @@ class MlflowTracker:
         # Opening takes 3 to 5 s of processor, while Ray and the workers start, and each point 0.2 ms: they come first.
         with suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while (writer := self._try_to_open()) is None:
+            if self._stop.wait(_RETRY_S):
+                return
+        while not self._stop.wait(_FLUSH_S):
+            writer.deliver()
+        self._is_complete = writer.end(self._final_status)
+
+    def _try_to_open(self) -> Writer | None:
+        """The writer; None, with the reason kept, where the store does not open. What is told meanwhile waits."""
         try:
             writer = self._open()
         except TrackingError as error:
             self._error = error
-            return
         except Exception as error:
             self._error = TrackingError(f"MLflow could not be started: {type(error).__name__}: {error}")
-            return
+        else:
+            self._error = None
+            return writer
         finally:
             self._ready.set()
-        while not self._stop.wait(_FLUSH_S):
-            writer.deliver()
-        self._is_complete = writer.end(self._final_status)
+        return None
 
     def _open(self) -> Writer:
         # Here, since importing MLflow takes seconds.
