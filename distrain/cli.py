@@ -290,6 +290,29 @@ def report(sweep: str, root: str, tracking_uri: str, output: Path | None) -> Non
     _print_study(study, report.words, path.parent, path)
 
 
+@main.command("check-gradients")
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@_JSON
+def check_gradients(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Compare the gradient of CONFIG's model and loss, on real rows, with forward mode and with central differences.
+
+    Exit code 1 where a parameter's gradient is wrong.
+    """
+    loaded = _load(config, overrides)
+    from distrain.progress import show_gradients
+    from distrain.study.gradient_check import WRONG
+    from distrain.study.gradient_check import check_gradients as check
+
+    found = check(loaded)
+    if as_json:
+        click.echo(json.dumps({"parameters": [each.to_json() for each in found]}))
+    else:
+        show_gradients(found)
+    if any(each.verdict == WRONG for each in found):
+        raise click.exceptions.Exit(1)
+
+
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--tracking-uri", default="sqlite:///mlflow.db", show_default=True)

@@ -412,7 +412,7 @@ class Trainer:
         return tracker.run_id
 
     def _logged_run_id(self, tracker: Tracker) -> str | None:
-        """MLflow's id of the run, at its end. A store that could not be opened costs the run's points, not its result."""
+        """MLflow's id of the run, at its end. A store that did not open costs the run's points, not its result."""
         try:
             return tracker.wait_ready()
         except TrackingError as error:
