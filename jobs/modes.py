@@ -16,6 +16,7 @@ import click
 import ray
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def run(overrides: list[str], epochs: int) -> tuple[Result, Curve]:
 
 def draw(curves: dict[str, Curve]) -> Figure:
     """Loss against seconds, a line for each mode."""
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, curve in curves.items():
@@ -112,7 +113,10 @@ def draw(curves: dict[str, Curve]) -> Figure:
     axes.set(xlabel="seconds of training", ylabel="validation loss", yscale="log")
     axes.set_title(f"Four workers, one of them {SLOWER} times as slow")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    for axis in (axes.yaxis, axes.xaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -141,7 +145,7 @@ def main(epochs: int, target: float, output: Path) -> None:
             f"{sum(curve.staleness) / len(curve.staleness):.2f}",
         )
         click.echo(f"{name}: {curve.points[-1][0]:.1f} s", err=True)
-    Console().print(table)
+    Console(width=130).print(table)
     draw(curves).savefig(output)
     click.echo(f"the curves: {output}")
     ray.shutdown()
