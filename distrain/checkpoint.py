@@ -32,7 +32,7 @@ MODEL, OPTIMIZER, BEST = "model.safetensors", "optimizer.safetensors", "best.jso
 # free, since the data sets themselves are compared by fingerprint.)
 FREE_KEYS = (
     "workers", "epochs", "max_steps", "checkpoint", "tracking", "cluster", "validation", "early_stopping",
-    "convergence", "target", "sweep", "server.threads", "server.slices", "data.train", "data.validation",
+    "convergence", "target", "sweep", "resume", "server.threads", "server.slices", "data.train", "data.validation",
 )  # fmt: skip
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -344,6 +344,11 @@ def _in_folder(path: Path) -> Found:
     if len(runs) > 1:
         raise CheckpointError(f"{path}: holds several runs, name one: {', '.join(run.name for run in runs)}")
     return newest_valid(runs[0] if runs else path)
+
+
+def has_checkpoints(run: str | Path) -> bool:
+    """Whether a run's folder holds any checkpoint, good or not."""
+    return bool(_checkpoints(Path(run)))
 
 
 def _runs(root: Path) -> list[Path]:

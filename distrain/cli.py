@@ -17,6 +17,7 @@ from distrain.errors import ConfigError, DistrainError
 
 if TYPE_CHECKING:
     from distrain.config import TrainConfig
+    from distrain.jobs import Jobs
     from distrain.study.record import Study
 
 _BEGAN = time.time()
@@ -25,6 +26,8 @@ _BEGAN = time.time()
 
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 _BATCH_SIZE = click.option("--batch-size", type=click.IntRange(min=1), help="Rows at a time (default: the run's).")
+_ADDRESS = click.option("--address", help="The cluster's dashboard (default: RAY_API_SERVER_ADDRESS, else "
+                        "http://127.0.0.1:8265).")  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last, on standard output.")
 
 
@@ -81,7 +84,7 @@ def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer(loaded, make_progress(), began=_BEGAN).fit().to_json(), as_json)
+    _print_result(Trainer.begin(loaded, make_progress(), _BEGAN).fit().to_json(), as_json)
 
 
 @main.command()
@@ -329,6 +332,66 @@ def compare(runs: tuple[str, ...], tracking_uri: str, experiment: str) -> None:
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option("--name", help="The run's name: a job of it that is submitted again goes on where the last one ended.")
+@click.option("--no-wait", is_flag=True, help="Print the job's id and leave it at that.")
+@_ADDRESS
+def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: bool, address: str | None) -> None:
+    """Train as a job on a Ray cluster, and follow it. Ends with the job's own exit code.
+
+    The current folder travels along (without Parquet files and checkpoints), so that CONFIG and your modules are there.
+    """
+    loaded = _load(config, overrides)
+    from distrain.jobs import Jobs
+
+    jobs = Jobs(address)
+    job_id = jobs.submit(config, loaded, overrides, name)
+    if no_wait:
+        click.echo(job_id)
+        return
+    click.echo(f"job {job_id}; stop it with: distrain stop {job_id}", err=True)
+    _follow(jobs, job_id)
+
+
+@main.command()
+@click.argument("job", metavar="JOB")
+@_ADDRESS
+def status(job: str, address: str | None) -> None:
+    """Say how a submitted JOB stands."""
+    from distrain.jobs import Jobs
+
+    state = Jobs(address).state(job)
+    ended = f", exit code {state.exit_code}" if state.exit_code is not None else ""
+    click.echo(f"{state.status}{ended}{': ' + state.message if state.message else ''}")
+
+
+@main.command()
+@click.argument("job", metavar="JOB")
+@click.option("--follow", is_flag=True, help="Go on to the job's end, and end with its exit code.")
+@_ADDRESS
+def logs(job: str, follow: bool, address: str | None) -> None:
+    """Print what a submitted JOB has said."""
+    from distrain.jobs import Jobs
+
+    jobs = Jobs(address)
+    if follow:
+        _follow(jobs, job)
+    else:
+        click.echo(jobs.logs(job), nl=False)
+
+
+@main.command()
+@click.argument("job", metavar="JOB")
+@_ADDRESS
+def stop(job: str, address: str | None) -> None:
+    """Stop a submitted JOB: it finishes its step and writes a checkpoint first."""
+    from distrain.jobs import Jobs
+
+    click.echo("stopping" if Jobs(address).stop(job) else "had ended already")
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=5000, show_default=True)
@@ -338,6 +401,17 @@ def ui(config: Path | None, host: str, port: int) -> None:
     from distrain.tracking import open_ui
 
     open_ui(uri, host, port)
+
+
+def _follow(jobs: Jobs, job_id: str) -> None:
+    """Print a job's log to its end, and exit with its code."""
+    from distrain.jobs import exit_code, has_ended
+
+    for text in jobs.follow(job_id):
+        click.echo(text, nl=False)
+    while not has_ended(state := jobs.state(job_id)):
+        time.sleep(0.2)
+    raise click.exceptions.Exit(exit_code(state))
 
 
 def _print_study(study: Study, words: list[str], folder: Path, path: Path | None = None) -> None:

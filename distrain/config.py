@@ -417,6 +417,9 @@ class TrainConfig(_Section):
     convergence: ConvergenceConfig | None = Field(None, description="Stop when nothing moves; null: never")
     target: TargetConfig | None = Field(None, description="Stop when validation is good enough; null: never")
     sweep: SweepConfig | None = Field(None, description="What distrain sweep tries; nothing else looks at it")
+    resume: Literal["auto"] | None = Field(
+        None, description="auto: go on from the last checkpoint of the run called tracking.run_name, where there is one"
+    )
     cluster: ClusterConfig = Field(ClusterConfig(), description="Which Ray cluster")
 
     @model_validator(mode="after")
@@ -439,6 +442,8 @@ class TrainConfig(_Section):
             ):
                 if value is not None:
                     raise ValueError(f"{key} needs data.validation")
+        if self.resume == "auto" and self.tracking.run_name is None:
+            raise ValueError("resume: auto needs tracking.run_name, by which the run is found again")
         if self.model.name == "logistic" and self.loss.kind == "numbers":
             raise ValueError(
                 f"model: logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from distrain.actors import Restored, RunSpec, UpdateSpec
-from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, differences, find, load
+from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, differences, find, has_checkpoints, load
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
 from distrain.crew import MOVING, Crew, worker_threads
@@ -120,6 +120,20 @@ class Trainer:
         config = TrainConfig.from_mapping(before, overrides)
         trainer = cls(config, progress, checkpoint, began)
         trainer._anyway = anyway
+        trainer._check_resumable(checkpoint, {})
+        return trainer
+
+    @classmethod
+    def begin(cls, config: TrainConfig, progress: Progress | None = None, began: float | None = None) -> Trainer:
+        """A run from its beginning, or, with `resume: auto`, from the last good checkpoint of the run of its name.
+
+        Raises CheckpointError as `resume` does.
+        """
+        folder = Path(config.checkpoint.dir, config.tracking.run_name or "")
+        if config.resume != "auto" or not has_checkpoints(folder):
+            return cls(config, progress, None, began)
+        checkpoint = load(find(str(folder), config.checkpoint.dir).path)
+        trainer = cls(config, progress, checkpoint, began)
         trainer._check_resumable(checkpoint, {})
         return trainer
 

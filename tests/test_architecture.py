@@ -19,6 +19,7 @@ LAYERS = {
     "distrain.trainer": 4,
     "distrain.inference": 4,
     "distrain.planning": 4,
+    "distrain.jobs": 3,
     "distrain.actors": 3,
     "distrain.crew": 4,
     "distrain.placement": 3,
@@ -64,7 +65,7 @@ LAYERS = {
 
 # Which modules may import a library, at any depth.
 DOORS = {
-    "ray": ("distrain.crew", "distrain.placement", "distrain.actors"),
+    "ray": ("distrain.jobs", "distrain.crew", "distrain.placement", "distrain.actors"),
     "mlflow": ("distrain.tracking",),
     "pyarrow": ("distrain.data", "distrain.inference"),
     "socket": ("distrain.exchange",),

@@ -1,0 +1,155 @@
+"""Submitted jobs, on a real cluster with its dashboard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from distrain.checkpoint import MODEL, verify
+from distrain.config import TrainConfig
+from distrain.errors import ConfigError
+from distrain.jobs import JobState, absolute_paths, exit_code
+from tests.support.jobs import Finished, distrain, wait_for, write_job
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard of a cluster of one node, as `ray start` makes it."""
+    dashboard, folder = free_port(), tempfile.mkdtemp(prefix="distrain-ray-")
+    command = [
+        "ray", "start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats",
+        f"--object-store-memory={2**27}", f"--ray-client-server-port={free_port()}",
+    ]  # fmt: skip
+    with open(Path(folder) / "out", "w") as out:
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        head = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
+    wait_for(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version"), 60, "the dashboard's start")
+    yield f"http://127.0.0.1:{dashboard}"
+    processes = [head_process := psutil.Process(head.pid), *head_process.children(recursive=True)]
+    head.terminate()
+    head.wait(30)
+    psutil.wait_procs(processes, 10)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(address: str, folder: Path, *arguments: str) -> Finished:
+    return distrain(*arguments, "--address", address, cwd=folder, timeout_s=200)
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+def test_a_job_travels_with_its_folder_and_its_exit_code_comes_back(address: str, tmp_path: Path):
+    write_job(tmp_path, epochs=2, data={"train": "train", "validation": "validation", "label": "label"})
+    (tmp_path / "my_models.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))\n"
+    )
+    done = run(address, tmp_path, "submit", "job.yaml", "model={factory: 'my_models:build'}")
+    assert done.code == 0, done.stdout + done.stderr
+    assert "finished: all epochs done" in done.stdout
+    job_id = done.stderr.split("job ")[1].split(";")[0]
+    assert run(address, tmp_path, "status", job_id).stdout.startswith("SUCCEEDED, exit code 0")
+    assert "finished: all epochs done" in run(address, tmp_path, "logs", job_id).stdout
+    [experiment] = [
+        e
+        for e in mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()
+        if e.name == "distrain"
+    ]
+    [logged] = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs([experiment.experiment_id])
+    assert logged.data.tags["distrain.ray_job_id"] == job_id
+    wrong = run(address, tmp_path, "submit", "job.yaml", "model={factory: 'my_models:bild'}")
+    assert wrong.code == 2 and "my_models" in wrong.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(address: str, tmp_path: Path):
+    job = write_job(tmp_path, epochs=300, tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"})
+    submitted = run(address, tmp_path, "submit", "job.yaml", "--name", "steady", "--no-wait")
+    job_id = submitted.stdout.strip()
+    folder = tmp_path / "checkpoints" / "steady"
+    assert submitted.code == 0 and job_id, submitted.stderr
+    try:
+        wait_for(lambda: list(folder.glob("step-*")), 120, "a first checkpoint")
+    except AssertionError:
+        pytest.fail(run(address, tmp_path, "logs", job_id).stdout)
+    assert run(address, tmp_path, "stop", job_id).stdout.strip() == "stopping"
+    wait_for(lambda: run(address, tmp_path, "status", job_id).stdout.startswith("STOPPED"), 90, "the job's end")
+    newest = max(folder.glob("step-*"))
+    step = verify(newest)["step"]
+    assert 0 < step < 3000
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_id = verify(newest)["mlflow_run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+    again = run(address, tmp_path, "submit", "job.yaml", "--name", "steady")
+    assert again.code == 0 and f"goes on after step {step:,}" in again.stdout, again.stdout
+    assert client.get_run(run_id).info.status == "FINISHED"
+    overrides = (f"checkpoint.dir={tmp_path / 'other'}", "tracking.enabled=false")
+    undisturbed = distrain("train", str(job), *overrides, "--json", cwd=tmp_path)
+    expected = verify(undisturbed.result["checkpoint"])
+    assert verify(max(folder.glob("step-*")))["files"][MODEL]["sha256"] == expected["files"][MODEL]["sha256"]
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+def test_what_is_not_there_is_said(address: str, tmp_path: Path):
+    unknown = run(address, tmp_path, "status", "raysubmit_nothing")
+    assert unknown.code == 3 and "has no job 'raysubmit_nothing'" in unknown.stderr
+    (tmp_path / "inner").mkdir()
+    write_job(tmp_path)
+    outside = distrain("submit", "../job.yaml", "--address", address, cwd=tmp_path / "inner")
+    assert outside.code == 2 and "must be in the current folder" in outside.stderr
+
+
+def test_a_cluster_out_of_reach_is_said(tmp_path: Path):
+    done = distrain("status", "x", "--address", "http://127.0.0.1:9", cwd=tmp_path)
+    assert done.code == 3 and "no Ray dashboard answers as it should at http://127.0.0.1:9" in done.stderr
+
+
+def test_relative_paths_become_absolute(tmp_path: Path):
+    data = {"train": ["a", "/b", "s3://c/d"], "validation": "v/*.parquet", "label": "y"}
+    config = TrainConfig(data=data)
+    overrides = absolute_paths(config, Path("/here"))
+    found = TrainConfig.from_mapping(config.to_mapping(), overrides)
+    assert found.data.train == ["/here/a", "/b", "s3://c/d"] and found.data.validation == "/here/v/*.parquet"
+    assert found.checkpoint.dir == "/here/checkpoints" and found.tracking.uri == "sqlite:////here/mlflow.db"
+    assert absolute_paths(found, Path("/elsewhere")) == absolute_paths(found, Path("/here"))
+
+
+def test_exit_codes_come_through():
+    assert [exit_code(JobState("j", status, code, "")) for status, code in (
+        ("SUCCEEDED", 0), ("FAILED", 4), ("FAILED", -9), ("FAILED", None), ("SUCCEEDED", None),
+    )] == [0, 4, 137, 1, 0]  # fmt: skip
+
+
+def test_resuming_by_itself_needs_a_name():
+    with pytest.raises(ConfigError, match=r"resume: auto needs tracking\.run_name"):
+        TrainConfig(data={"train": "x", "label": "y"}, resume="auto")
