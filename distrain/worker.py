@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from distrain.data.dataset import Dataset
 from distrain.data.plan import Plan
 from distrain.data.reader import Reader
-from distrain.errors import DataError, DistrainError, LinkError, TrainingDataError, TrainingError
+from distrain.errors import DataError, DistrainError, DivergenceError, LinkError, TrainingDataError, TrainingError
 from distrain.exchange.link import Address, Frame, Kind, Link, SocketLink, connect, unpack_microbatches
 from distrain.exchange.memory import Layout, Published, PushSlots, views
 from distrain.learning.losses import LabelError, Loss
@@ -55,11 +56,15 @@ class Readers:
         self._last_used[shard] = step
         return reader.microbatch(*self.plan.position(step))
 
+    def place(self, step: int, shard: int, index: int) -> str:
+        """File, row group and row of a microbatch's row."""
+        row_group, row = self.plan.row(*self.plan.position(step), shard, index)
+        return f"{self._dataset.place(row_group)}, row {row}"
+
     def located(self, error: LabelError, label: Tensor, step: int, shard: int) -> DataError:
         """The same error, with the file, row group, column and row that the label came from."""
-        epoch, step_in_epoch = self.plan.position(step)
         index = int((label == error.value).reshape(len(label), -1).any(1).int().argmax())
-        row_group, row = self.plan.row(epoch, step_in_epoch, shard, index)
+        row_group, row = self.plan.row(*self.plan.position(step), shard, index)
         columns = ", ".join(repr(name) for name in self._dataset.columns.labels)
         where = f"{self._dataset.place(row_group)}, column {columns}, row {row}"
         return TrainingDataError(f"{where}: {error.message}")
@@ -276,6 +281,9 @@ class Worker:
         with self._blame(batch, step, shard):
             loss, weight = self._loss.total(forward(self._model, batch), batch)
             loss.backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(value, batch, step, shard)
         # Copying the gradients costs less than letting backward add them to zeroed views (4.8 against 5.4 ms a step
         # of an MLP 784-512-512-10 with 128 rows): autograd then hands its own tensors over instead of adding.
         for parameter, view in zip(self._model.parameters(), self._gradients[slot], strict=True):
@@ -291,7 +299,19 @@ class Worker:
         if step % EVERY_STEPS == 0:
             gradient = vector[: self.layout.num_gradients]
             squares = torch.dot(gradient, gradient).item()
-        return Partial(vector, rows, loss.item(), weight, slot, squares)
+        return Partial(vector, rows, value, weight, slot, squares)
+
+    def _diverged(self, loss: float, batch: Batch, step: int, shard: int) -> DivergenceError:
+        """Names the first row whose loss is not finite, where a second look, with the same dropout, shows one."""
+        torch.default_generator.manual_seed(microbatch_seed(self._seed, step, shard))
+        with torch.no_grad():
+            values = self._loss.per_sample(forward(self._model, batch), batch["label"])
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        where = f", first at {self._train.place(step, shard, bad[0])} ({len(bad)} of {len(values)} rows)" if bad else ""
+        return DivergenceError(
+            f"step {step + 1}, shard {shard}: the loss is not finite ({loss:g}){where}; the parameters were left as "
+            "they were. Try a lower optimizer.lr, or clip: {norm: 1.0}"
+        )
 
     def _evaluate(self, batch: Batch, step: int, shard: int, _: list[int]) -> Partial:
         """Loss and metric sums of one microbatch: float64 [1 + metrics]."""

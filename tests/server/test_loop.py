@@ -377,8 +377,21 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_parameters():
     the_job.optimizer = OptimizerConfig(name="SGD", lr=1e30)
     run = open_run(the_job)
     start_worker(run, the_job, 0)
-    with pytest.raises(DivergenceError, match=r"step \d+: the (loss|gradient) is not finite"):
+    with pytest.raises(DivergenceError, match=r"step \d+(, shard \d)?: the (loss|gradient) is not finite"):
         run.loop.run()
+
+
+def test_divergence_names_step_shard_and_row_and_leaves_the_weights_alone():
+    rows = source(64, batch_size=64, shuffle=False)
+    rows.dataset.features[37] = 1e30
+    the_job = Job(rows, task({"hidden": [8]}), loop=LoopSettings(epochs=1))
+    run = open_run(the_job)
+    before = [p.detach().clone() for p in run.server.model.parameters()]
+    start_worker(run, the_job, 0)
+    said = r"step 1, shard 2: the loss is not finite \(inf\), first at rows: row group 2, row 3 \(1 of 16 rows\); the"
+    with pytest.raises(DivergenceError, match=said):
+        run.loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.server.model.parameters(), strict=True))
 
 
 class Faulty(Worker):

@@ -20,6 +20,10 @@ class ArrayDataset:
         self.weight: Tensor | None = None
         self.opened: list[tuple[int, int, int]] = []
 
+    def place(self, row_group: int) -> str:
+        """Where a row group lies."""
+        return f"rows: row group {row_group}"
+
     def read(self, row_group: int, start: int, stop: int) -> Iterator[dict[str, Tensor]]:
         """Rows [start, stop) of a row group."""
         self.opened.append((row_group, start, stop))
