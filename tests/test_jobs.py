@@ -40,7 +40,7 @@ def answers(url: str) -> bool:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard of a cluster of one node, as `ray start` makes it."""
-    dashboard, folder = free_port(), tempfile.mkdtemp(prefix="distrain-ray-")
+    dashboard, folder = free_port(), tempfile.mkdtemp(prefix="ray-head-")
     command = [
         "ray", "start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats",
