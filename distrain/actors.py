@@ -8,26 +8,41 @@ import resource
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 import ray
 import torch
 
 from distrain.checkpoint import Snapshot
-from distrain.config import ClipConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
+from distrain.config import (
+    AveragingConfig,
+    ClipConfig,
+    GradientNoiseConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    ScheduleConfig,
+)
 from distrain.data.statistics import measure
+from distrain.devices import Arithmetic, Device, HostDevice, StreamedDevice
+from distrain.devices.cuda import Cuda
 from distrain.errors import ClusterError, ConfigError, DistrainError, LinkError
 from distrain.exchange.link import Address, Hub
-from distrain.learning.fit import check_shapes
-from distrain.learning.models import minimum_rows
+from distrain.exchange.memory import Layout
+from distrain.exchange.slices import cut
+from distrain.exchange.wire import WIRES, WireDtype
+from distrain.learning.annealing import GradientNoise
+from distrain.learning.fit import check_task
 from distrain.learning.penalties import build_penalty
-from distrain.learning.task import TaskSpec, build_task
+from distrain.learning.task import Task, TaskSpec, build_task
+from distrain.process import keep_freed_memory
 from distrain.records import Report
+from distrain.relay import Relay
 from distrain.server.loop import Loop, LoopSettings, Outcome
+from distrain.server.loss_scale import LossScale
 from distrain.server.parameter_server import ParameterServer
 from distrain.server.reports import Reports
-from distrain.worker import Source, Worker
+from distrain.worker import Source, Worker, WorkerOptions
 
 T = TypeVar("T")
 
@@ -54,9 +69,12 @@ class RunSpec:
     validation: Source | None
     token: str
     search_path: tuple[str, ...]
+    options: WorkerOptions
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
     def prepare_process(self, num_threads: int) -> None:
-        """Make this process ready: thread count, and where the user's code lies."""
+        """Make this process ready: memory, thread count, and where the user's code lies."""
+        keep_freed_memory()
         torch.set_num_threads(num_threads)
         sys.path[:0] = [path for path in self.search_path if path not in sys.path]
 
@@ -69,11 +87,15 @@ class UpdateSpec:
     schedule: ScheduleConfig | None
     clip: ClipConfig | None
     penalty: PenaltyConfig
+    gradient_noise: GradientNoiseConfig | None
+    averaging: AveragingConfig | None
     delay_compensation: float
     loop: LoopSettings
     num_threads: int | None  # None: as many as the workers leave
     cpus_of_workers: float  # on the server's node
     spans_nodes: bool
+    first_loss_scale: float | None = None  # fp16 only
+    wire_dtype: WireDtype = "fp32"
 
 
 @dataclass(frozen=True)
@@ -149,23 +171,8 @@ class ServerActor:
         if task.needs_statistics and restored is None:
             statistics = measure(run.train.dataset, task.standardize, task.num_classes)
         built = build_task(task, statistics)
-        check_shapes(built, run.train.dataset)
-        needed = minimum_rows(built.model)
-        if run.train.plan.smallest_microbatch < needed:
-            raise ConfigError(
-                f"the smallest microbatch of an epoch has {run.train.plan.smallest_microbatch} rows, and the model's "
-                f"batch normalization needs {needed}: choose another batch_size or fewer shards"
-            )
-        staleness = 0 if update.loop.asynchronous else update.loop.staleness or 0
-        server = ParameterServer(
-            built.model,
-            update.optimizer,
-            update.schedule,
-            update.clip,
-            staleness,
-            update.delay_compensation,
-            build_penalty(built.model, update.penalty),
-        )
+        check_task(built, run.train.dataset, run.train.plan.smallest_forward)
+        server = _server(built, update, update.loop.slices - 1, task.seed)
         host = ray.util.get_node_ip_address() if update.spans_nodes else None
         hub = Hub(run.token, host)
         validation_plan = run.validation.plan if run.validation is not None else None
@@ -203,23 +210,95 @@ class ServerActor:
         if self._loop is not None:
             self._loop.retire(launch)
 
+    def give_up(self, launch: int, cause: str) -> None:
+        if self._loop is not None:
+            self._loop.give_up(launch, cause)
+
     def abort(self, error: DistrainError) -> None:
         if self._loop is not None:
             self._loop.abort(error)
 
 
+class RelayActor:
+    """The process of a node's relay, which may own a slice: `prepare`, then `run`."""
+
+    def prepare(self, run: RunSpec, update: UpdateSpec, ready: Ready, slice_: int | None) -> Ready:
+        """Build the model and listen for the workers of this node."""
+        self._num_threads = 1 if slice_ is None else update.num_threads or update_threads(update.cpus_of_workers)
+        run.prepare_process(self._num_threads)
+        built = build_task(run.task)
+        server = _server(built, update, slice_, run.task.seed) if slice_ is not None else None
+        layout, num_shards = Layout.of(built.model), run.train.plan.num_shards
+        ip = ray.util.get_node_ip_address()
+        wire = WIRES[update.wire_dtype](layout)
+        self._relay = Relay(layout, num_shards, run.token, ip, slice_, update.loop.slices, server, wire)
+        self._server = ready.address
+        return Ready(self._relay.address, ready.num_parameters)
+
+    def run(self) -> None:
+        """Join the server and serve it to the end."""
+        torch.set_num_threads(self._num_threads)
+        self._relay.join(self._server)
+        self._relay.run()
+
+
 class WorkerActor:
     """A worker's process."""
 
-    def run(self, rank: int, launch: int, run: RunSpec, ready: Ready, server_node: str, num_threads: int) -> int:
-        """Join the server and serve it to the end. Returns the most memory that this process ever held, in bytes."""
+    def run(
+        self,
+        rank: int,
+        launch: int,
+        run: RunSpec,
+        ready: Ready,
+        server_node: str,
+        num_threads: int,
+        has_gpu: bool,
+        relay: Ready | None = None,
+        relay_node: str = "",
+    ) -> int:
+        """Join the server, by way of a relay if this is the node of one, and serve it to the end. Returns the most
+        memory that this process ever held, in bytes.
+
+        Raises ClusterError where it has a GPU and cannot use it.
+        """
         run.prepare_process(num_threads)
+        run.arithmetic.prepare_process()
         task = build_task(run.task)
-        worker = Worker(rank, task.model, task.loss, task.metrics, run.train, run.validation, run.task.seed)
-        same_node = ray.get_runtime_context().get_node_id() == server_node
-        worker.join(ready.address, same_node, run.token, launch)
+        device: Device = StreamedDevice(Cuda()) if has_gpu else HostDevice()
+        worker = Worker(
+            rank, task.model, task.loss, task.metrics, run.train, run.validation, run.task.seed, device, run.arithmetic,
+            run.options,
+        )  # fmt: skip
+        node = ray.get_runtime_context().get_node_id()
+        if relay is not None and node == relay_node:
+            ready, server_node = relay, node
+        worker.join(ready.address, node == server_node, run.token, launch)
         worker.run()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _server(built: Task, update: UpdateSpec, slice_: int, seed: int) -> ParameterServer:
+    """The parameter server of one slice. Raises ConfigError where the model cannot be cut into so many."""
+    try:
+        span = cut(Layout.of(built.model), update.loop.slices)[slice_]
+    except ValueError as error:
+        raise ConfigError(f"server.slices is {update.loop.slices}: {error}") from error
+    staleness = 0 if update.loop.asynchronous else update.loop.staleness or 0
+    return ParameterServer(
+        built.model,
+        update.optimizer,
+        update.schedule,
+        update.clip,
+        staleness,
+        update.delay_compensation,
+        build_penalty(built.model, update.penalty),
+        LossScale(update.first_loss_scale, staleness) if update.first_loss_scale is not None else None,
+        GradientNoise(update.gradient_noise, seed) if update.gradient_noise is not None else None,
+        update.averaging,
+        span,
+        update.wire_dtype,
+    )
 
 
 def update_threads(cpus_of_workers: float) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from distrain.actors import Ready, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
+from distrain.actors import Ready, RelayActor, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
 from distrain.config import WorkersConfig
-from distrain.errors import ClusterError, DistrainError, ServerLost, TrainingError
+from distrain.errors import ClusterError, DistrainError, LinkError, ServerLost, TrainingError
 from distrain.placement import Placement
 from distrain.records import Report
 from distrain.server.loop import Outcome
@@ -23,6 +24,17 @@ _END_SECONDS = 2.0
 _LOOK_SECONDS = 1.0  # how often the cluster is looked at for room gained and nodes about to go
 _BEFORE_THE_END_S = 5.0  # a worker for which no other room was found leaves its node so long before that goes
 MOVING = "moving to another node"
+
+
+@dataclass(frozen=True, slots=True)
+class _Relay:
+    """A node's relay, and its calls under way."""
+
+    node: str
+    slice: int | None
+    actor: Any
+    ready: Any
+    running: Any
 
 
 class Crew:
@@ -45,12 +57,15 @@ class Crew:
         self._server: Any = None
         self._ready: Any = None  # the server's call that makes it ready
         self._running: Any = None  # the server's call that trains
+        self._relays: list[_Relay] = []
         self._workers: dict[int, Any] = {}  # by launch
         self._launches = 0
         self._num_reports = self._num_snapshots = 0  # had from the server
         self._worker_calls: dict[Any, tuple[int, int]] = {}  # the call under way on each worker -> (rank, launch)
+        self._told: dict[Any, tuple[int, str]] = {}  # the server's answer to a worker's end -> (rank, cause)
         self._due: list[tuple[float, int]] = []  # replacements: (monotonic seconds, rank)
         self._step = 0  # the last that the server reported
+        self._has_begun = False  # some step was done
         self._stop_sent = False
         self._looked_at = 0.0
         self._peak_bytes = 0  # the most memory of a worker that has ended
@@ -75,6 +90,8 @@ class Crew:
         ).remote()  # fmt: skip
         self._num_reports = self._num_snapshots = 0
         self._ready = self._server.prepare.remote(self._run, self._update, restored)
+        for slice_, node in enumerate(self._placement.nodes_of_slices(self._update.loop.slices - 1)):
+            self._start_relay(node, slice_)
         for rank in range(self._config.most):
             if rank in self._placement.ranks:
                 self._start_worker(rank)
@@ -97,7 +114,8 @@ class Crew:
 
         Raises what the server's run raised, ServerLost when the server is dead.
         """
-        done, _ = ray.wait([self._running, *self._worker_calls], timeout=_POLL_SECONDS)
+        self._forget_ended_relays()
+        done, _ = ray.wait([self._running, *self._worker_calls, *self._told], timeout=_POLL_SECONDS)
         if self._running in done:
             outcome: Outcome = _get(self._running)
             return outcome
@@ -105,7 +123,10 @@ class Crew:
             self._server.stop.remote(stop_reason)
             self._stop_sent = True
         for call in done:
-            self._worker_ended(call)
+            if call in self._told:
+                self._decide(call)
+            else:
+                self._worker_ended(call)
         now = time.monotonic()
         for due in [due for due in self._due if due[0] <= now]:
             self._due.remove(due)
@@ -120,6 +141,7 @@ class Crew:
         report: Report = _get(self._server.poll.remote(self._num_reports))
         self._num_reports += 1
         if report.steps:
+            self._has_begun = True
             self._step = report.steps[-1].step
         for event in report.events:
             if event.kind == "joined":
@@ -136,7 +158,8 @@ class Crew:
         for rank in self._placement.arrived():
             self._start_worker(rank)
         ends = self._placement.draining()
-        if self._placement.server_node in ends and not self._stop_sent:
+        servers = {self._placement.server_node, *(relay.node for relay in self._relays if relay.slice is not None)}
+        if not servers.isdisjoint(ends) and not self._stop_sent:
             self._server.stop.remote(MOVING)
             self._stop_sent = True
         for launch in [launch for launch, node in self._nodes.items() if node in ends and launch in self._workers]:
@@ -185,8 +208,9 @@ class Crew:
         """End every actor that is left."""
         if self._server is None:
             return
-        for actor in [self._server, *self._workers.values()]:
+        for actor in [self._server, *(relay.actor for relay in self._relays), *self._workers.values()]:
             ray.kill(actor)
+        self._relays.clear()
         calls = list(self._worker_calls)
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS)
@@ -196,24 +220,59 @@ class Crew:
         self._server = None
         self._workers.clear()
         self._worker_calls.clear()
+        self._told.clear()
         self._due.clear()
         self._nodes.clear()
         self._leaving.clear()
 
+    def _start_relay(self, node: str, slice_: int | None = None) -> _Relay:
+        """Start a relay on a node, to own a slice if one is given."""
+        actor = ray.remote(RelayActor).options(
+            num_cpus=0, max_restarts=0, scheduling_strategy=self._placement.on(node)
+        ).remote()  # fmt: skip
+        ready = actor.prepare.remote(self._run, self._update, self._ready, slice_)
+        self._relays.append(_Relay(node, slice_, actor, ready, actor.run.remote()))
+        return self._relays[-1]
+
+    def _forget_ended_relays(self) -> None:
+        """The server sees a relay's end as well: workers of its node, which end too, get a new one."""
+        for relay in [relay for relay in self._relays if ray.wait([relay.running], timeout=0)[0]]:
+            self._relays.remove(relay)
+            with suppress(RayError, DistrainError):
+                ray.get(relay.running)
+
+    def _relay_for(self, node: str) -> _Relay | None:
+        """The relay by which workers of this node join; none on the server's, in asynchronous training, where pushes
+        are not added up, and where the node is not known yet."""
+        if node in ("", self._placement.server_node) or self._update.loop.asynchronous:
+            return None
+        self._forget_ended_relays()
+        return next((relay for relay in self._relays if relay.node == node), None) or self._start_relay(node)
+
     def _start_worker(self, rank: int) -> None:
         """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node."""
+        gpus = self._config.gpus_of(rank)
         actor = ray.remote(WorkerActor).options(
-            num_cpus=self._config.cpus, max_restarts=0, scheduling_strategy=self._placement.for_worker(rank)
+            num_cpus=self._config.cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            scheduling_strategy=self._placement.for_worker(rank),
         ).remote()  # fmt: skip
         threads = worker_threads(self._config.cpus)
         launch, self._launches = self._launches, self._launches + 1
-        call = actor.run.remote(rank, launch, self._run, self._ready, self._placement.server_node, threads)
+        node = self._placement.nodes().get(rank, "")
+        relay = self._relay_for(node)
+        by = (relay.ready, relay.node) if relay is not None else (None, "")
+        call = actor.run.remote(
+            rank, launch, self._run, self._ready, self._placement.server_node, threads, gpus > 0, *by
+        )
         self._workers[launch] = actor
-        self._nodes[launch] = self._placement.nodes().get(rank, "")
+        self._nodes[launch] = node
         self._worker_calls[call] = (rank, launch)
 
     def _worker_ended(self, call: Any) -> None:
-        """Decide what follows on a worker's end, and do it."""
+        """Tell the server of a worker's end. What follows is decided when that has answered: where it is dead, its
+        workers end with it, which is no failure of theirs."""
         rank, launch = self._worker_calls.pop(call)
         actor = self._workers.pop(launch)
         self._nodes.pop(launch, None)
@@ -223,16 +282,29 @@ class Crew:
             return  # told to stop: the run is over, or it has moved
         except RayTaskError as error:
             cause: Exception = error.cause
-            if isinstance(cause, DistrainError) and ray.wait([self._running], timeout=1.0)[0]:
-                return  # it told the server, which ends the run; or the server is gone
+            is_own = isinstance(cause, DistrainError) and not isinstance(cause, LinkError)
+            if is_own and ray.wait([self._running], timeout=1.0)[0]:
+                return  # it told the server, which ends the run
         except RayError as error:  # it died, or ran out of memory, or is only out of reach
             cause = error
             ray.kill(actor)
         if has_moved and any(other == rank for other, _ in self._worker_calls.values()):
             return  # its replacement is there or starts
+        if isinstance(cause, ClusterError) and not self._has_begun:  # the same would happen to a replacement
+            self._server.abort.remote(cause)
+            return
         failure = worker_failure(cause)
-        decision = self._supervision.ended(rank, failure, self._step)
-        match decision:
+        # Its link need not have ended, if its node is out of reach.
+        self._told[self._server.give_up.remote(launch, failure)] = (rank, failure)
+
+    def _decide(self, call: Any) -> None:
+        """Replace a worker whose end the server knows of, or not."""
+        rank, failure = self._told.pop(call)
+        try:
+            ray.get(call)
+        except RayError:
+            return  # the server is dead, as its own call is about to say
+        match self._supervision.ended(rank, failure, self._step):
             case Replace(after_s=after_s):
                 self._note(f"worker {rank} is replaced: {failure}")
                 self._due.append((time.monotonic() + after_s, rank))

@@ -8,7 +8,7 @@ itself; the result does not depend on who added, nor on when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,16 @@ class Partial:
         self.squares += right.squares
 
 
-class TreeSum:
-    """Sums the parts of a step in the fixed order, as far as what has been put allows."""
+Finish = Callable[[Block, Partial], None]
+"""What is done, in place, to a node of the tree that has just been added up."""
 
-    def __init__(self, num_shards: int) -> None:
-        self._num_shards = num_shards
+
+class TreeSum:
+    """Sums the parts of a step in the fixed order, as far as what has been put allows. `finish` is done to each sum of
+    two halves but the root's."""
+
+    def __init__(self, num_shards: int, finish: Finish | None = None) -> None:
+        self._num_shards, self._finish = num_shards, finish
         self._by_first: dict[int, tuple[Block, Partial]] = {}
         self._by_stop: dict[int, Block] = {}
 
@@ -87,6 +92,8 @@ class TreeSum:
                 block = Block(block.first, right[0].stop)
             else:
                 break
+            if self._finish is not None:
+                self._finish(block, part)
         self._by_first[block.first] = (block, part)
         self._by_stop[block.stop] = block
         return freed

@@ -20,9 +20,11 @@ class StepSums:
     workers: int  # at the last
     num_steps: int
     num_clipped: int
+    num_overflowed: int  # updates left out, which have no gradient norm
     samples: int
     staleness: int
     dropped: int  # microbatches
+    skipped_rows: int
     num_bytes: int
     weighted_loss: float  # loss x samples
     penalty: float
@@ -35,6 +37,7 @@ class StepSums:
     step_s: float
     noise_scale: float | None  # at the last
     critical_batch_size: float | None  # at the last
+    loss_scale: float | None  # at the last
 
     @classmethod
     def of(cls, record: StepRecord) -> StepSums:
@@ -48,13 +51,15 @@ class StepSums:
             workers=record.workers,
             num_steps=1,
             num_clipped=int(record.clipped),
+            num_overflowed=int(record.overflowed),
             samples=record.samples,
             staleness=record.staleness,
             dropped=record.dropped,
+            skipped_rows=record.skipped_rows,
             num_bytes=record.num_bytes,
             weighted_loss=record.loss * record.samples,
             penalty=record.penalty,
-            grad_norm=record.grad_norm,
+            grad_norm=0.0 if record.overflowed else record.grad_norm,
             data_s=record.data_s,
             compute_s=record.compute_s,
             waiting_s=record.waiting_s,
@@ -63,6 +68,7 @@ class StepSums:
             step_s=record.step_s,
             noise_scale=record.noise_scale,
             critical_batch_size=record.critical_batch_size,
+            loss_scale=record.loss_scale,
         )
 
     def copy(self) -> StepSums:
@@ -74,11 +80,14 @@ class StepSums:
         self.step, self.epoch, self.time_ms = later.step, later.epoch, later.time_ms
         self.lr, self.workers = later.lr, later.workers
         self.noise_scale, self.critical_batch_size = later.noise_scale, later.critical_batch_size
+        self.loss_scale = later.loss_scale
         self.num_steps += later.num_steps
         self.num_clipped += later.num_clipped
+        self.num_overflowed += later.num_overflowed
         self.samples += later.samples
         self.staleness += later.staleness
         self.dropped += later.dropped
+        self.skipped_rows += later.skipped_rows
         self.num_bytes += later.num_bytes
         self.weighted_loss += later.weighted_loss
         self.penalty += later.penalty

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MAX_FAILED_STARTS = 5
+_MAX_FAILED_STARTS = 4
 _FIRST_BACK_OFF_S = 0.5
 
 SERVER = -1  # the server's place
@@ -46,9 +46,9 @@ class _Place:
 class Supervision:
     """Decides for each place (rank, or SERVER) whether a worker or server that ended is replaced.
 
-    A server is replaced, however often it ends, as long as it gets further each time; after five times in a row without
+    A server is replaced, however often it ends, as long as it gets further each time; after four times in a row without
     a new step the run ends. A worker that took part in at least one whole step is replaced at once, however often that
-    happens. One that ends before that counts as a failed start: the pauses double, and after five in a row the place is
+    happens. One that ends before that counts as a failed start: the pauses double, and after four in a row the place is
     given up, or the run if fewer than `min_workers` places would be left.
     """
 

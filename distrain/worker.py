@@ -9,7 +9,7 @@ import os
 import struct
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,16 +19,23 @@ from torch import Tensor, nn
 from distrain.data.dataset import Dataset
 from distrain.data.plan import Plan
 from distrain.data.reader import Reader
+from distrain.devices import Arithmetic, Device, HostDevice, Intake, Key
 from distrain.errors import DataError, DistrainError, DivergenceError, LinkError, TrainingDataError, TrainingError
+from distrain.exchange.doorbell import Doorbell
 from distrain.exchange.link import Address, Frame, Kind, Link, SocketLink, connect, unpack_microbatches
-from distrain.exchange.memory import Layout, Published, PushSlots, views
+from distrain.exchange.memory import Layout, Published, PushSlots
+from distrain.exchange.wire import WIRES, WireDtype
+from distrain.learning.clipping import global_norm
+from distrain.learning.diagnostics import ActivationProbe, is_look
 from distrain.learning.losses import LabelError, Loss
 from distrain.learning.metrics import Metrics
-from distrain.learning.models import forward
+from distrain.learning.nonfinite import rows_without_finite_gradient, rows_without_finite_loss
 from distrain.reduction import Block, Partial, TreeSum
 from distrain.study.noise_scale import EVERY_STEPS
 
 Batch = dict[str, Tensor]
+_NAMED_ROWS = 3  # in a message
+_ALIVE_SECONDS = 1.0  # between signs of life within a microbatch of many pieces
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,16 @@ class Source:
 
     dataset: Dataset
     plan: Plan
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How a worker goes about its work. With `skip_nonfinite` it leaves out microbatches whose loss or gradient is not
+    finite, and says so; else they end the run."""
+
+    skip_nonfinite: bool = False
+    look_every_steps: int | None = None  # how often it looks at activations
+    wire_dtype: WireDtype = "fp32"  # of the run: what gradients are rounded to
 
 
 class Readers:
@@ -48,22 +65,32 @@ class Readers:
         self._readers: dict[int, Reader] = {}
         self._last_used: dict[int, int] = {}
 
-    def microbatch(self, step: int, shard: int) -> Batch:
-        """The rows of one microbatch: tensors of [rows, ...]."""
+    def microbatch(self, step: int, shard: int, piece: int | None = None) -> Batch:
+        """The rows of one microbatch, or of a piece of it: tensors of [rows, ...]."""
         reader = self._readers.get(shard)
         if reader is None:
             reader = self._readers[shard] = Reader(self._dataset, self.plan, shard)
         self._last_used[shard] = step
-        return reader.microbatch(*self.plan.position(step))
+        return reader.microbatch(*self.plan.position(step), piece)
+
+    def num_pieces(self, step: int, shard: int) -> int:
+        """In how many pieces a microbatch is computed."""
+        return self.plan.num_pieces(self.plan.position(step)[1], shard)
+
+    def first_row(self, step: int, shard: int, piece: int) -> int:
+        """The place of a piece's first row in its microbatch."""
+        place = self.plan.position(step)[1]
+        return self.plan.piece(place, shard, piece)[0] - self.plan.cut(place, shard)[0]
 
     def place(self, step: int, shard: int, index: int) -> str:
         """File, row group and row of a microbatch's row."""
         row_group, row = self.plan.row(*self.plan.position(step), shard, index)
         return f"{self._dataset.place(row_group)}, row {row}"
 
-    def located(self, error: LabelError, label: Tensor, step: int, shard: int) -> DataError:
-        """The same error, with the file, row group, column and row that the label came from."""
-        index = int((label == error.value).reshape(len(label), -1).any(1).int().argmax())
+    def located(self, error: LabelError, label: Tensor, step: int, shard: int, first: int) -> DataError:
+        """The same error, with the file, row group, column and row that the label came from. `label` are those from row
+        `first` of the microbatch on."""
+        index = first + int((label == error.value).reshape(len(label), -1).any(1).int().argmax())
         row_group, row = self.plan.row(*self.plan.position(step), shard, index)
         columns = ", ".join(repr(name) for name in self._dataset.columns.labels)
         where = f"{self._dataset.place(row_group)}, column {columns}, row {row}"
@@ -86,8 +113,8 @@ class Readers:
 class Worker:
     """Computes what the server asks for over a link, until it says stop.
 
-    `model` is built as the server built it; its parameters become views into the published vector. `num_shards` is the
-    run's; `seed` the run's.
+    `model` is built as the server built it; `device` (default: the host) takes it over and lets its parameters follow
+    the published vector. `num_shards` is the run's; `seed` the run's.
     """
 
     def __init__(
@@ -99,9 +126,16 @@ class Worker:
         train: Source,
         validation: Source | None,
         seed: int,
+        device: Device | None = None,
+        arithmetic: Arithmetic | None = None,
+        options: WorkerOptions | None = None,
     ) -> None:
         self.rank = rank
+        self._options = options or WorkerOptions()
+        self._is_checking = False
+        self._probe = ActivationProbe(model) if self._options.look_every_steps is not None else None
         self.layout = Layout.of(model)
+        self._wire = WIRES[self._options.wire_dtype](self.layout)
         self._model = model
         self._loss = loss
         self._metrics = metrics
@@ -110,10 +144,10 @@ class Worker:
         self._num_shards = train.plan.num_shards
         self._asked = -1  # the round of the last task
         self._seed = seed
-        named = dict(model.named_buffers())
-        self._buffers = [named[entry.name] for entry in self.layout.float_buffers]
-        self._counters = [named[entry.name] for entry in self.layout.int_buffers]
-        self._version = -1
+        self._device = device or HostDevice()
+        self._intake = Intake(self._device)
+        self._arithmetic = arithmetic or Arithmetic()
+        self._scale = 0.0  # of the loss, in this task; 0: none
 
     def join(self, address: Address, same_node: bool, token: str, launch: int = 0, timeout_s: float = 60.0) -> None:
         """Join a server: prove the token, take over or make the buffers. `launch` tells processes of a rank apart.
@@ -132,14 +166,17 @@ class Worker:
         if welcome is None or welcome.kind is not Kind.WELCOME:
             raise LinkError("the parameter server did not welcome this worker in time")
         count = welcome.version
-        fds = link.receive_descriptors(count + 1, timeout_s) if same_node else [None] * (count + 1)
+        given = link.receive_descriptors(count + 1 + Doorbell.NUM_FDS, timeout_s) if same_node else []
+        fds: Sequence[int | None] = given or [None] * (count + 1)
         self.attach(
             link,
             [Published(self.layout, fd) for fd in fds[:count]],
             PushSlots(self.layout, self._num_shards, welcome.slot, fds[count]),
             welcome.incarnation,
         )
-        if not same_node:
+        if same_node:
+            link.wait_for(Doorbell(given[count + 1 :]), self.rank)
+        else:
             link.sink = self._place_parameters
 
     def attach(self, link: Link, published: Sequence[Published], slots: PushSlots, incarnation: int) -> None:
@@ -154,19 +191,8 @@ class Worker:
         slots.buffer.close()
         self._free: list[list[int]] = [[] for _ in range(slots.num_sets)]
         self._rounds = [-1] * slots.num_sets
-        self._read_from(0)
-        self._gradients = [views(slots[i], self.layout.parameters) for i in range(slots.num_slots)]
-        self._changes = [views(slots[i], self.layout.float_buffers) for i in range(slots.num_slots)]
-        self._counts = [views(slots[i], self.layout.int_buffers) for i in range(slots.num_slots)]
-
-    def _read_from(self, version: int) -> None:
-        """Make the model's parameters views into this one of the published vectors."""
-        if version == self._version:
-            return
-        self._version, published = version, self._published[version]
-        published.adopt_parameters(self._model, copy_in=False)
-        self._published_buffers = views(published.floats, self.layout.float_buffers)
-        self._published_counters = published.int_views()
+        self._device.open(self._model, self.layout, published, slots)
+        self._loss.to(next(self._model.parameters()).device)
 
     def run(self) -> None:
         """Serve until the server says stop. Raises LinkError when it goes away, and the user's errors, after telling
@@ -178,7 +204,8 @@ class Worker:
                     return
                 self.handle(frame)
         except LinkError:
-            raise
+            if not self._is_over():
+                raise
         except DistrainError as error:
             report = {"error": type(error).__name__, "message": error.message}
             self._link.send(Frame(Kind.FAILED, self._asked, payload=json.dumps(report).encode()))
@@ -186,8 +213,19 @@ class Worker:
         finally:
             self.close()
 
+    def _is_over(self) -> bool:
+        """Whether the server said stop before it closed the link, which a worker in mid-task has not read."""
+        try:
+            while (frame := self._link.receive(0.0)) is not None:
+                if frame.kind is Kind.STOP:
+                    return True
+        except LinkError:
+            pass
+        return False
+
     def close(self) -> None:
-        """Stop the readers."""
+        """Stop the readers, and leave the device."""
+        self._device.close()
         self._train.close()
         if self._validation is not None:
             self._validation.close()
@@ -195,7 +233,8 @@ class Worker:
     def handle(self, frame: Frame) -> None:
         """Do what one frame asks for, and push the result."""
         self._asked = frame.round
-        if frame.kind is Kind.TRAIN:
+        if frame.kind in (Kind.TRAIN, Kind.CHECK):
+            self._is_checking = frame.kind is Kind.CHECK
             self._compute(frame, self._train, self._gradient)
             self._train.keep_recent(frame.step, 1 + self._slots.num_sets)
         elif frame.kind is Kind.VALIDATE and self._validation is not None:
@@ -203,22 +242,25 @@ class Worker:
         elif frame.kind is not Kind.PUBLISH:
             raise LinkError(f"a worker cannot answer a {frame.kind.name} frame")
 
-    def _compute(self, frame: Frame, readers: Readers, work: Callable[[Batch, int, int, list[int]], Partial]) -> None:
+    def _compute(self, frame: Frame, readers: Readers, work: Callable[[Pieces, int, int, list[int]], Partial]) -> None:
         """Sum `work` over the microbatches asked for, as far as the tree allows, and push each block."""
-        self._read_from(frame.version)
+        self._device.read(frame.version, frame.round)
+        self._scale = frame.loss
         free = self._free_slots(frame)
-        tree = TreeSum(frame.samples)
+        wanted = unpack_microbatches(frame)
+        finish = self._wire.rounding(wanted[0][0]) if frame.kind is not Kind.VALIDATE else None
+        tree = TreeSum(frame.samples, finish)
         data_s, num_bytes = 0.0, 0
         start = time.perf_counter()
-        for place, (step, shard) in enumerate(unpack_microbatches(frame), start=frame.first):
-            asked = time.perf_counter()
-            batch = self._read(readers, step, shard)
-            data_s += time.perf_counter() - asked
-            num_bytes += sum(tensor.nbytes for tensor in batch.values())
-            try:
-                part = work(batch, step, shard, free)
-            except LabelError as error:
-                raise readers.located(error, batch["label"], step, shard) from error
+        following = [*wanted[1:], (wanted[0][0] + 1, wanted[0][1])]
+        for place, (step, shard) in enumerate(wanted, start=frame.first):
+            pieces = Pieces(readers, step, shard, self._intake, lambda: self._link.send(Frame(Kind.ALIVE, frame.round)))
+            pieces.following = following[place - frame.first]
+            part = work(pieces, step, shard, free)
+            data_s += pieces.data_s
+            num_bytes += pieces.num_bytes
+            if finish is not None:
+                finish(Block(place, place + 1), part)
             free += [freed.slot for freed in tree.put(Block(place, place + 1), part)]
         answer = Frame(
             Kind.PUSH,
@@ -259,99 +301,163 @@ class Worker:
             self._free[frame.slot] = list(self._slots.of_set(frame.slot))[::-1]
         return self._free[frame.slot]
 
-    def _read(self, readers: Readers, step: int, shard: int) -> Batch:
-        try:
-            return readers.microbatch(step, shard)
-        except DataError as error:
-            raise error.during_training() from error
-
-    def _gradient(self, batch: Batch, step: int, shard: int, free: list[int]) -> Partial:
-        """The gradient of one microbatch's summed loss, written into a push slot that is free."""
+    def _gradient(self, pieces: Pieces, step: int, shard: int, free: list[int]) -> Partial:
+        """The gradient of one microbatch's summed loss, written into a push slot that is free. Pieces add up in order,
+        whoever computes them."""
         slot = free.pop()
         vector = self._slots[slot]
-        rows = len(batch["label"])
-        if rows == 0:
-            return Partial(vector.zero_(), 0, 0.0, 0.0, slot)
-        for parameter in self._model.parameters():
-            parameter.grad = None
-        self._load_buffers()
+        rows, value, weight = 0, 0.0, 0.0
+        self._device.begin(slot, self._scale)
+        self._device.load_buffers()
         self._model.train()
-        # torch.manual_seed would seed the other devices too, which takes 0.9 ms and, without one, piles up calls.
-        torch.default_generator.manual_seed(microbatch_seed(self._seed, step, shard))
-        with self._blame(batch, step, shard):
-            loss, weight = self._loss.total(forward(self._model, batch), batch)
-            loss.backward()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(value, batch, step, shard)
-        # Copying the gradients costs less than letting backward add them to zeroed views (4.8 against 5.4 ms a step
-        # of an MLP 784-512-512-10 with 128 rows): autograd then hands its own tensors over instead of adding.
-        for parameter, view in zip(self._model.parameters(), self._gradients[slot], strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            else:
-                view.copy_(parameter.grad)
-        for change, local, published in zip(self._changes[slot], self._buffers, self._published_buffers, strict=True):
-            torch.sub(local, published, out=change).mul_(rows)
-        for count, local, published in zip(self._counts[slot], self._counters, self._published_counters, strict=True):
-            count.copy_(local - published).mul_(rows)
+        self._device.seed(microbatch_seed(self._seed, step, shard))
+        probe = self._probe if is_look(step, self._options.look_every_steps) else None
+        if probe is not None:
+            probe.begin()
+        for batch in pieces:
+            if not len(batch["label"]):
+                if probe is not None:
+                    probe.end()
+                return Partial(vector.zero_(), 0, 0.0, 0.0, slot)
+            with self._blame(pieces, step, shard):
+                loss, share = self._loss.total(self._outputs(batch), batch)
+                self._device.backward(loss, pieces.is_last)
+            pieces.bring_next()
+            value += loss.item()
+            if probe is not None:
+                probe.passed()
+            rows, weight = rows + len(batch["label"]), weight + share
+        seen = probe.end() if probe is not None else None
+        self._device.finish(rows)
+        if not math.isfinite(value) or (self._is_checking and not math.isfinite(global_norm(vector))):
+            self._nonfinite(value, pieces.readers, step, shard)
+            return Partial(vector.zero_(), 0, 0.0, 0.0, slot)
+        if seen is not None:
+            report = json.dumps({"shard": shard, "layers": seen}).encode()
+            self._link.send(Frame(Kind.LOOKED, self._asked, step, incarnation=self._incarnation, payload=report))
         squares = 0.0
         if step % EVERY_STEPS == 0:
             gradient = vector[: self.layout.num_gradients]
             squares = torch.dot(gradient, gradient).item()
         return Partial(vector, rows, value, weight, slot, squares)
 
-    def _diverged(self, loss: float, batch: Batch, step: int, shard: int) -> DivergenceError:
-        """Names the first row whose loss is not finite, where a second look, with the same dropout, shows one."""
-        torch.default_generator.manual_seed(microbatch_seed(self._seed, step, shard))
-        with torch.no_grad():
-            values = self._loss.per_sample(forward(self._model, batch), batch["label"])
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        where = f", first at {self._train.place(step, shard, bad[0])} ({len(bad)} of {len(values)} rows)" if bad else ""
-        return DivergenceError(
-            f"step {step + 1}, shard {shard}: the loss is not finite ({loss:g}){where}; the parameters were left as "
-            "they were. Try a lower optimizer.lr, or clip: {norm: 1.0}"
-        )
+    def _nonfinite(self, loss: float, readers: Readers, step: int, shard: int) -> None:
+        """Tell the server that a microbatch is left out, or raise DivergenceError. Either names the rows whose loss or
+        gradient is not finite, where a second look, with the same dropout, shows any."""
+        what = "gradient is not finite" if math.isfinite(loss) else f"loss is not finite ({loss:g})"
+        where = ""
+        self._device.seed(microbatch_seed(self._seed, step, shard))
+        for number in range(count := readers.num_pieces(step, shard)):
+            rows = readers.microbatch(step, shard, number if count > 1 else None)
+            batch = self._device.take(self._device.bring(rows))
+            look = rows_without_finite_gradient if math.isfinite(loss) else rows_without_finite_loss
+            if bad := look(self._model, self._outputs, self._loss, batch):
+                first = readers.first_row(step, shard, number)
+                places = "; ".join(readers.place(step, shard, first + row) for row in bad[:_NAMED_ROWS])
+                where = f", first at {places} ({len(bad)} of {len(batch['label'])} rows)"
+                break
+        message = f"step {step + 1}, shard {shard}: the {what}{where}"
+        if not self._options.skip_nonfinite:
+            raise DivergenceError(
+                f"{message}; the parameters were left as they were. Try a lower optimizer.lr, or clip: {{norm: 1.0}}; "
+                "on_nonfinite: skip goes on without such rows"
+            )
+        report = json.dumps({"shard": shard, "message": message}).encode()
+        self._link.send(Frame(Kind.SKIPPED, self._asked, step, incarnation=self._incarnation, payload=report))
 
-    def _evaluate(self, batch: Batch, step: int, shard: int, _: list[int]) -> Partial:
-        """Loss and metric sums of one microbatch: float64 [1 + metrics]."""
-        rows = len(batch["label"])
-        sums = torch.zeros(self._metrics.num_sums, dtype=torch.float64)
-        if rows == 0:
-            return Partial(sums, 0, 0.0, 0.0)
-        self._load_buffers()
+    def _evaluate(self, pieces: Pieces, step: int, shard: int, _: list[int]) -> Partial:
+        """Loss and metric sums of one microbatch: float64 [metrics]."""
+        part = Partial(torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0, 0.0)
+        self._device.load_buffers()
         self._model.eval()
-        with torch.no_grad(), self._blame(batch, step, shard):
-            outputs = forward(self._model, batch)
-            loss, weight = self._loss.total(outputs, batch, torch.float64)
-            sums[:] = torch.tensor(self._metrics.sums(outputs, batch["label"]), dtype=torch.float64)
-        return Partial(sums, rows, loss.item(), weight)
+        for batch in pieces:
+            if not len(batch["label"]):
+                break
+            with torch.no_grad(), self._blame(pieces, step, shard):
+                outputs = self._outputs(batch)
+                loss, weight = self._loss.total(outputs, batch, torch.float64)
+                sums = torch.tensor(self._metrics.sums(outputs, batch["label"]), dtype=torch.float64)
+            part.add(Partial(sums, len(batch["label"]), loss.item(), weight))
+        return part
 
-    def _load_buffers(self) -> None:
-        for local, published in zip(self._buffers, self._published_buffers, strict=True):
-            local.copy_(published)
-        for local, published in zip(self._counters, self._published_counters, strict=True):
-            local.copy_(published)
+    def _outputs(self, batch: Batch) -> Tensor:
+        return self._arithmetic.outputs(self._model, batch, self._device.type)
 
     def _place_parameters(self, frame: Frame) -> memoryview | None:
         return self._published[frame.version].bytes() if frame.kind is Kind.PUBLISH else None
 
-    def _blame(self, batch: Batch, step: int, shard: int) -> _Blame:
-        return _Blame(batch, step, shard)
+    def _blame(self, pieces: Pieces, step: int, shard: int) -> _Blame:
+        return _Blame(pieces, step, shard)
+
+
+class Pieces:
+    """A microbatch's rows, a piece at a time, and what it took to read them. Most microbatches are one piece.
+
+    `say_alive` is called between pieces every few seconds. `batch` is the piece given last, and `first` the place of
+    its first row in the microbatch. `following` is the (step, shard) likely to come next.
+    """
+
+    def __init__(self, readers: Readers, step: int, shard: int, intake: Intake, say_alive: Callable[[], None]) -> None:
+        self.readers, self._step, self._shard, self._say_alive = readers, step, shard, say_alive
+        self._intake = intake
+        self.data_s, self.num_bytes = 0.0, 0
+        self.batch: Batch = {}
+        self.first = 0
+        self.following = (step, shard)
+        self._number, self._count = 0, readers.num_pieces(step, shard)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no piece comes after this one."""
+        return self._number + 1 >= self._count
+
+    def __iter__(self) -> Iterator[Batch]:
+        said = time.perf_counter()
+        for number in range(self._count):
+            self._number = number
+            asked = time.perf_counter()
+            if asked - said > _ALIVE_SECONDS:
+                said = asked
+                self._say_alive()
+            try:
+                self.batch = self._intake.take(self._key(self._step, self._shard, number, self._count))
+            except DataError as error:
+                raise error.during_training() from error
+            self.first = self.readers.first_row(self._step, self._shard, number) if number else 0
+            self.data_s += time.perf_counter() - asked
+            self.num_bytes += sum(tensor.nbytes for tensor in self.batch.values())
+            yield self.batch
+
+    def bring_next(self) -> None:
+        """Have the next piece come in while this one computes; after the last, the first one of what follows."""
+        if not self._intake.is_ahead:
+            return
+        if self.is_last:
+            self._intake.bring_next(self._key(*self.following, 0, self.readers.num_pieces(*self.following)))
+        else:
+            self._intake.bring_next(self._key(self._step, self._shard, self._number + 1, self._count))
+
+    def _key(self, step: int, shard: int, number: int, count: int) -> Key:
+        return self.readers, step, shard, number if count > 1 else None
 
 
 class _Blame:
-    """Turns what the user's model or loss raises into a TrainingError that says where, with their traceback."""
+    """Turns what the user's model or loss raises into a TrainingError that says where, with their traceback; and says
+    where a label lies that the loss cannot take."""
 
-    def __init__(self, batch: Batch, step: int, shard: int) -> None:
-        self._batch, self._step, self._shard = batch, step, shard
+    def __init__(self, pieces: Pieces, step: int, shard: int) -> None:
+        self._pieces, self._step, self._shard = pieces, step, shard
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        pieces = self._pieces
+        if isinstance(error, LabelError):
+            label = pieces.batch["label"]
+            raise pieces.readers.located(error, label, self._step, self._shard, pieces.first) from error
         if isinstance(error, Exception) and not isinstance(error, DistrainError):
-            shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self._batch.items())
+            shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in pieces.batch.items())
             text = "".join(traceback.format_exception(error)).rstrip()
             raise TrainingError(
                 f"step {self._step + 1}, shard {self._shard}: the model or the loss raised {type(error).__name__}: "

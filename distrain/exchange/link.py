@@ -17,15 +17,16 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from typing import Any, Protocol
 
 from distrain.errors import LinkError
+from distrain.exchange.doorbell import Doorbell, Sleeper
 
-_HEADER = struct.Struct("<BxxxiiiiiqqqqdddddQ")
+_HEADER = struct.Struct("<BxxxiiiiiqqqqqdddddQ")
 _GONE = "the other end of the link is gone"
 _MAX_UNPROVEN_BYTES = 4096  # what a peer may send before it has proved itself
 _HANDSHAKE_SECONDS = 10.0
@@ -44,6 +45,21 @@ class Kind(IntEnum):
     PUSH = 7  # worker -> server: the sum over a block of places
     FAILED = 8  # worker -> server: the user's code or data failed; JSON payload
     STOP = 9  # server -> worker: the run is over
+    ALIVE = 10  # worker -> server: a long microbatch is under way
+    CHECK = 11  # server -> worker: as TRAIN, and look at each microbatch's gradient: one of them is not finite
+    SKIPPED = 12  # worker -> server: a microbatch that was left out; JSON payload
+    LOOKED = 13  # worker -> server: what a microbatch's activations showed; JSON payload
+    # Between the server and the relays of other hosts (see relay.py), for whose workers the kinds above pass through:
+    ROSTER = 20  # server -> relay: where the slices' owners listen; relay -> server: they are reached
+    LEFT = 21  # relay -> server: a worker's link has ended; server -> relay: end it
+    COMBINE = 22  # server -> relay: add these pushes up, and send each owner its span of the sums
+    SUM = 23  # host -> owner: the sum over a block of places
+    ARRIVED = 24  # owner -> server: such a sum is here; `slot` is the host it came from
+    APPLY = 25  # server -> owner: add these sums up and update
+    SHARE = 26  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
+    VALIDATED = 27  # server -> owner: the loss of a validation
+    COLLECT = 28  # server -> owner: send the optimizer's state of your slice
+    STATE = 29  # that state; server -> owner: go on from it
 
 
 @dataclass(slots=True)
@@ -58,9 +74,10 @@ class Frame:
     incarnation: int = 0
     slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
+    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are
     samples: int = 0  # push: rows of the block; task: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
-    loss: float = 0.0  # sum over the samples
+    loss: float = 0.0  # push: sum over the samples; task: what the loss is multiplied by for fp16, 0: nothing
     weight: float = 0.0  # sum of the rows' weights
     squares: float = 0.0  # of the microbatches' summed gradients: norms, squared and added up; 0: not taken
     data_s: float = 0.0
@@ -93,6 +110,20 @@ def unpack_microbatches(frame: Frame) -> list[tuple[int, int]]:
     except struct.error as error:
         raise LinkError(f"a {frame.kind.name} frame does not list its {len(places)} microbatches: {error}") from error
     return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def pack_integers(rows: Iterable[Iterable[int]]) -> bytes:
+    """Rows of integers as int32, one after the other."""
+    numbers = [number for row in rows for number in row]
+    return struct.pack(f"<{len(numbers)}i", *numbers)
+
+
+def unpack_integers(frame: Frame, width: int) -> list[tuple[int, ...]]:
+    """The rows of `width` integers that a frame holds."""
+    try:
+        return list(struct.iter_unpack(f"<{width}i", frame.payload))
+    except struct.error as error:
+        raise LinkError(f"a {frame.kind.name} frame does not hold rows of {width} integers: {error}") from error
 
 
 Sink = Callable[[Frame], memoryview | None]
@@ -132,6 +163,7 @@ class SocketLink:
         self._frame: Frame | None = None
         self._payload = memoryview(b"")
         self._payload_filled = 0
+        self._sleeper: Sleeper | None = None
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -190,6 +222,9 @@ class SocketLink:
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 return None
+            if self._sleeper is not None and not self._outgoing:
+                self._sleeper.sleep(remaining)
+                continue
             poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
             poll.poll(None if remaining is None else remaining * 1000)
             if self._outgoing:
@@ -247,7 +282,14 @@ class SocketLink:
             raise LinkError(f"expected {count} shared buffers, got {len(descriptors)}")
         return list(descriptors)
 
+    def wait_for(self, bell: Doorbell, rank: int) -> None:
+        """From now on, `receive` sleeps until this is rung, not until bytes arrive. `rank` is the worker's."""
+        self._sleeper = Sleeper(bell, self._socket, rank)
+
     def close(self) -> None:
+        if self._sleeper is not None:
+            self._sleeper.close()
+            self._sleeper = None
         self._socket.close()
 
 
@@ -260,8 +302,8 @@ def _received(count: int) -> int:
 def _pack(frame: Frame, num_bytes: int) -> bytes:
     return _HEADER.pack(
         frame.kind, frame.first, frame.stop, frame.incarnation, frame.slot, frame.version, frame.round, frame.step,
-        frame.samples, frame.data_bytes, frame.loss, frame.weight, frame.squares, frame.data_s, frame.compute_s,
-        num_bytes,
+        frame.read, frame.samples, frame.data_bytes, frame.loss, frame.weight, frame.squares, frame.data_s,
+        frame.compute_s, num_bytes,
     )  # fmt: skip
 
 
@@ -275,6 +317,7 @@ def _unpack(header: bytearray) -> tuple[Frame, int]:
         version,
         round_,
         step,
+        read,
         samples,
         data_bytes,
         loss,
@@ -297,6 +340,7 @@ def _unpack(header: bytearray) -> tuple[Frame, int]:
             incarnation,
             slot,
             version,
+            read,
             samples,
             data_bytes,
             loss,
@@ -352,10 +396,12 @@ def connect(
 class Hub:
     """The server's end of all links: listens, authenticates, and waits for whatever comes next.
 
-    `host` is the address to listen on for workers of other hosts; None listens on a Unix socket only.
+    `host` is the address to listen on for workers of other hosts, `port` its port (0: any that is free); without
+    `host`, it listens on a Unix socket only. Workers of this host that wait for `bell` are woken together, by `ring` or
+    the next `poll` after their frames were sent.
     """
 
-    def __init__(self, token: str, host: str | None = None) -> None:
+    def __init__(self, token: str, host: str | None = None, port: int = 0) -> None:
         self._token = token
         self._selector = selectors.DefaultSelector()
         name = f"distrain-{secrets.token_hex(8)}"
@@ -364,7 +410,7 @@ class Hub:
         self._listeners = [unix]
         tcp = None
         if host is not None:
-            self._listeners.append(socket.create_server((host, 0)))
+            self._listeners.append(socket.create_server((host, port)))
             tcp = (host, self._listeners[1].getsockname()[1])
         for listener in self._listeners:
             listener.listen()
@@ -374,6 +420,8 @@ class Hub:
         self._links: set[SocketLink] = set()
         self._challenges: dict[SocketLink, tuple[bytes, float]] = {}
         self._queued: set[SocketLink] = set()
+        self.bell = Doorbell()
+        self._is_news = False  # a frame was sent on this host since the bell was rung
 
     def poll(self, timeout_s: float) -> list[tuple[SocketLink, Frame | LinkError]]:
         """Wait up to `timeout_s` for frames of proven workers, or the end of their links.
@@ -381,6 +429,7 @@ class Hub:
         A link's first frame is its HELLO, already checked against the token.
         """
         happened: list[tuple[SocketLink, Frame | LinkError]] = []
+        self.ring()
         for key, events in self._selector.select(timeout_s):
             if key.fileobj in self._listeners:
                 self._accept(key.fileobj)
@@ -389,6 +438,7 @@ class Hub:
             assert isinstance(link, SocketLink)
             if events & selectors.EVENT_WRITE:
                 self._guard(link, link.flush, happened)
+                self._is_news |= link.shared
             if events & selectors.EVENT_READ and link in self._links:
                 self._guard(link, partial(self._read, link, happened), happened)
         self._drop_silent_strangers()
@@ -401,6 +451,20 @@ class Hub:
             link.send(frame)
         except LinkError:
             return
+        self._is_news |= link.shared
+        if link.sending:
+            self._watch_writers(link)
+
+    def ring(self) -> None:
+        """Wake the workers of this host, if frames were sent to any since the last time."""
+        if self._is_news:
+            self._is_news = False
+            self.bell.ring()
+
+    def adopt(self, link: SocketLink) -> None:
+        """Watch a link that this end has opened, and that is proven, as well."""
+        self._links.add(link)
+        self._selector.register(link, selectors.EVENT_READ)
         if link.sending:
             self._watch_writers(link)
 
@@ -418,12 +482,15 @@ class Hub:
         deadline = time.monotonic() + 2.0
         for link in list(self._links):
             while link.sending and time.monotonic() < deadline:
+                self.bell.ring()
                 try:
                     link.flush()
                 except LinkError:
                     break
                 time.sleep(0.001)
             self.drop(link)
+        self.ring()
+        self.bell.close()
         for listener in self._listeners:
             self._selector.unregister(listener)
             listener.close()

@@ -46,6 +46,10 @@ class SharedBuffer:
             return torch.empty(0, dtype=torch.int64)
         return torch.frombuffer(self._map, dtype=torch.int64, offset=start_byte, count=count)
 
+    def words(self, count: int) -> memoryview:
+        """The first `count` int32 values."""
+        return memoryview(self._map)[: 4 * count].cast("i")
+
     def close(self) -> None:
         """Close the file descriptor; tensors over the memory stay valid."""
         if self.fd >= 0:
@@ -148,6 +152,15 @@ class Published:
         """The whole of it as raw bytes, for a frame."""
         return memoryview(self.buffer._map)[: self.layout.published_bytes]
 
+    def memory(self) -> Tensor:
+        """The whole of it as uint8 values."""
+        return torch.frombuffer(self.buffer._map, dtype=torch.uint8)
+
+    def span_bytes(self, start: int, stop: int) -> memoryview:
+        """The raw bytes of the values [start, stop); where they are the vector's last, its integers come along."""
+        end = self.layout.published_bytes if stop == self.layout.num_floats else stop * _FLOAT_BYTES
+        return memoryview(self.buffer._map)[start * _FLOAT_BYTES : end]
+
     def copy_from(self, other: Published) -> None:
         """Take over the values of another one of the same layout."""
         self.floats.copy_(other.floats)
@@ -179,12 +192,12 @@ class PushSlots:
     """The vectors in which one worker sums up its gradients, each of `layout.num_floats` float32 values.
 
     There are `num_sets` sets of `set_size` slots: a set for each round that may be in flight. Memory is given only to
-    the slots that are touched.
+    the slots that are touched. Each begins on a page, so that it can be page-locked apart from the others.
     """
 
     def __init__(self, layout: Layout, set_size: int, num_sets: int = 1, fd: int | None = None) -> None:
         self._layout = layout
-        self._stride = -(-layout.vector_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._stride = -(-layout.vector_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._set_size, self.num_sets = set_size, num_sets
         self.num_slots = set_size * num_sets
         self.buffer = SharedBuffer(self._stride * self.num_slots, fd)

@@ -65,7 +65,8 @@ class Ledger:
     round on, or at once where nobody else is left to do the work. A member that still computes a share of its own that
     is no longer wanted (another was faster, or the round is over) is *behind*, and is dealt nothing before it has
     answered. With
-    `one_at_a_time`, nobody is dealt a part of another round before having answered all there was.
+    `one_at_a_time`, nobody is dealt a part of another round before having answered all there was, and before the rounds
+    that took its answers are over: until then they lie where it would write the next one.
     """
 
     def __init__(self, one_at_a_time: bool = False) -> None:
@@ -111,6 +112,14 @@ class Ledger:
         """Whether this member still computes a share of its own that is no longer wanted."""
         member = self._members[incarnation]
         return any(a not in member.copies and not self._wanted(a, places) for a, places in member.unanswered.items())
+
+    def is_able(self, incarnation: int) -> bool:
+        """Whether this member can be dealt something."""
+        if self._members[incarnation].is_retiring:
+            return False
+        if self._one_at_a_time:
+            return self.is_idle(incarnation) and not self._is_unapplied(incarnation)
+        return not self.is_behind(incarnation)
 
     def owed_by(self, incarnation: int) -> tuple[Assignment, ...]:
         """The assignments of a member of which something that is still wanted is to come, oldest first."""
@@ -158,7 +167,7 @@ class Ledger:
             shares = even_shares(count, len(self._members))
             stops = itertools.accumulate(shares)
             for incarnation, share, stop in zip(self.members, shares, stops, strict=True):
-                if share and self._is_able(incarnation):
+                if share and self.is_able(incarnation):
                     dealt.append(self._owe(incarnation, round_, stop - share, stop))
                     flight.orphans -= set(range(stop - share, stop))
         able = self._able() if to is None else [to]
@@ -172,7 +181,7 @@ class Ledger:
         """What a member that can work may take of what nobody does."""
         dealt: list[Assignment] = []
         for round_ in self._rounds:
-            if self._is_able(incarnation):
+            if self.is_able(incarnation):
                 dealt += self._deal_orphans(round_, [incarnation])
         return dealt
 
@@ -181,6 +190,15 @@ class Ledger:
         copy = self._owe(incarnation, assignment.round, assignment.first, assignment.stop)
         self._members[incarnation].copies.add(copy)
         return copy
+
+    def reopen(self, round_: int, taken: Sequence[tuple[int, int, int]]) -> None:
+        """What was taken of a round in flight as (incarnation, first place, stop) is lost again: nobody has done it."""
+        flight = self._rounds[round_]
+        for entry in taken:
+            flight.taken.remove(entry)
+            places = set(range(entry[1], entry[2]))
+            flight.open |= places
+            self._orphan(round_, places)
 
     def push(self, incarnation: int, round_: int, block: Block) -> Verdict:
         """A member delivers the sum over a block of places. Only ACCEPTED changes what is taken."""
@@ -217,14 +235,13 @@ class Ledger:
         flight = self._rounds.get(assignment.round)
         return flight is not None and not flight.open.isdisjoint(places)
 
+    def _is_unapplied(self, incarnation: int) -> bool:
+        """Whether a round that is not over took something from this member."""
+        return any(taker == incarnation for flight in self._rounds.values() for taker, _, _ in flight.taken)
+
     def _able(self) -> list[int]:
         """Who can be dealt something, in rank order."""
-        return [incarnation for incarnation in self.members if self._is_able(incarnation)]
-
-    def _is_able(self, incarnation: int) -> bool:
-        if self._members[incarnation].is_retiring:
-            return False
-        return self.is_idle(incarnation) if self._one_at_a_time else not self.is_behind(incarnation)
+        return [incarnation for incarnation in self.members if self.is_able(incarnation)]
 
     def _orphan(self, round_: int, places: set[int]) -> None:
         """Whatever of these is still open and owed by nobody is an orphan."""

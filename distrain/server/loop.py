@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -12,18 +13,21 @@ import torch
 
 from distrain.config import ConvergenceConfig, EarlyStoppingConfig, TargetConfig
 from distrain.data.plan import Plan
-from distrain.errors import DistrainError, TrainingDataError
+from distrain.errors import DistrainError, DivergenceError, TrainingDataError
 from distrain.exchange.link import Hub, Kind
+from distrain.learning.diagnostics import LayerWatch, is_look
 from distrain.learning.fingerprint import parameters_sha256
 from distrain.learning.metrics import Metrics
 from distrain.learning.model_state import copied, model_state
-from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer
-from distrain.records import Event, StepRecord, ValidationRecord
-from distrain.server.agenda import Agenda, FreeAgenda, StepAgenda
+from distrain.learning.symptoms import Symptoms
+from distrain.records import Event, LayerLook, StepRecord, ValidationRecord
+from distrain.reduction import Partial
+from distrain.server.agenda import Agenda, FreeAgenda, Microbatch, StepAgenda
 from distrain.server.members import Member
-from distrain.server.parameter_server import ParameterServer
+from distrain.server.parameter_server import ParameterServer, Update
 from distrain.server.reports import Captured, Reports
 from distrain.server.rounds import Round, Rounds
+from distrain.server.skipping import Skipped, Skipping
 from distrain.server.stopping import Stopping
 from distrain.study.noise_scale import NoiseScale
 
@@ -34,6 +38,7 @@ class LoopSettings:
 
     epochs: int
     max_steps: int | None = None
+    max_s: float | None = None
     checkpoint_every_steps: int | None = None
     checkpoint_every_s: float | None = None
     validation_every_steps: int | None = None
@@ -47,6 +52,9 @@ class LoopSettings:
     asynchronous: bool = False
     staleness: int | None = 0  # None: unbounded, asynchronous only
     quorum: int | None = None  # microbatches that make up an update; None: all
+    look_every_steps: int | None = None  # how often layers are looked at
+    max_skipped: int = 10  # microbatches whose loss or gradient is not finite, where workers leave them out
+    slices: int = 1  # parameter servers that share the model; the others are relays
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Outcome:
     training_s: float
     refused_pushes: int
     copied_microbatches: int
+    skipped: Skipped
 
 
 class _Stopped(Exception):
@@ -103,11 +112,21 @@ class Loop:
         else:
             self._agenda = StepAgenda(*sizes, may_drop, plan.num_microbatch_rows)
         self._rounds = Rounds(
-            server, hub, plan.num_shards, self._window, settings.asynchronous, settings.worker_timeout_s, self._tell
+            server,
+            hub,
+            plan.num_shards,
+            self._window,
+            settings.asynchronous,
+            settings.worker_timeout_s,
+            self._tell,
+            settings.slices,
         )
+        self._hosts = self._rounds.hosts
         self._flight: list[Round] = []  # training rounds, oldest first
         self._stopping = Stopping(settings.early_stopping, settings.convergence, settings.target)
         self._noise_scale = NoiseScale()
+        self._symptoms = Symptoms()
+        self._skipping = Skipping(settings.max_skipped, plan.num_rows_of, self._tell)
         self._stop_reason: str | None = None
         self.step = 0
         self._last_snapshot = -1
@@ -116,7 +135,7 @@ class Loop:
         self._validated_at = -1
         self._last_loss = math.nan
         self._epoch_ended = False
-        self._mark = 0.0
+        self._start = self._mark = 0.0  # time.perf_counter() of the run, and of the last step's end
 
     def stop(self, reason: str) -> None:
         """Finish the step in flight, then end the run."""
@@ -130,6 +149,10 @@ class Loop:
         """Let the worker of this launch go at the next step."""
         self._rounds.retire(launch)
 
+    def give_up(self, launch: int, cause: str) -> None:
+        """The worker of this launch is lost, whatever its link says."""
+        self._rounds.give_up(launch, cause)
+
     def restore(
         self, step: int, model: dict[str, torch.Tensor], state: dict[str, Any], optimizer: dict[str, torch.Tensor]
     ) -> None:
@@ -137,10 +160,14 @@ class Loop:
         self.step = step
         self._last_snapshot = step
         self._server.restore(step, model, optimizer)
-        unpack_optimizer(self._server.optimizer, optimizer, state["optimizer"])
+        self._hosts.unpack_optimizer(step, optimizer, state["optimizer"], state["schedule"])
         self._server.schedule.load_state_dict(state["schedule"])
         self._stopping.load_state_dict(state["stopping"])
         self._agenda.load_state_dict(state["agenda"])
+        self._symptoms.load_state_dict(state.get("symptoms", {}))
+        self._skipping.load_state_dict(state.get("skipped", {}))
+        if self._server.loss_scale is not None and state.get("loss_scale") is not None:
+            self._server.loss_scale.load_state_dict(state["loss_scale"])
         self._validation = dict(state["validation"])
         self._last_loss = state["train_loss"] if state["train_loss"] is not None else math.nan
 
@@ -158,7 +185,7 @@ class Loop:
         status, reason = "finished", "all epochs done"
         self._rounds.stepped(self.step)
         self._await_workers()
-        start = self._mark = time.perf_counter()
+        self._start = self._mark = time.perf_counter()
         while not self._done():
             if self._stop_reason is not None:
                 status, reason = "stopped", self._stop_reason
@@ -173,15 +200,22 @@ class Loop:
                 timed_samples += record.samples
                 timed_s += record.step_s
             why = self._after_step() or why
+            if self._is_time_over:
+                why = why or f"{self._settings.max_s:g} seconds of training are over"
             if why is not None:
                 reason = why
                 self._tell("stopped", why)
                 break
+        else:
+            if not self._agenda.finished:
+                reason = f"max_steps, {self._settings.max_steps:,}, are done"
         if self._validation_plan is not None and status == "finished" and self._validated_at != self.step:
-            self._validate()
+            self._validate(is_extra=True)
         if self._last_snapshot != self.step:
             self._snapshot()
-        self._server.load_buffers()
+        self._hosts.take_parameters(self.step)
+        with self._server.exported() as model:
+            sha256 = parameters_sha256(model)
         return Outcome(
             status=status,
             reason=reason,
@@ -191,14 +225,24 @@ class Loop:
             samples_per_second=timed_samples / timed_s if timed_s > 0 else 0.0,
             train_loss=self._last_loss,
             validation=self._validation,
-            parameters_sha256=parameters_sha256(self._server.model),
-            training_s=time.perf_counter() - start,
+            parameters_sha256=sha256,
+            training_s=time.perf_counter() - self._start,
             refused_pushes=self._rounds.refused,
             copied_microbatches=self._rounds.copied,
+            skipped=self._skipping.total,
         )
 
     def _done(self) -> bool:
         return self._agenda.finished or self.step >= (self._settings.max_steps or math.inf)
+
+    @property
+    def _is_time_over(self) -> bool:
+        return self._settings.max_s is not None and time.perf_counter() - self._start >= self._settings.max_s
+
+    @property
+    def _is_validation_due(self) -> bool:
+        is_time = self._epoch_ended or _due(self.step, self._settings.validation_every_steps)
+        return self._validation_plan is not None and is_time
 
     @property
     def _may_begin(self) -> bool:
@@ -208,8 +252,10 @@ class Loop:
     def _await_workers(self) -> None:
         """Let the workers join, so that the first step is dealt to all of them."""
         enough_at = time.monotonic() + self._settings.grace_s
-        while self._rounds.num_members < self._settings.num_workers and self._stop_reason is None:
-            if time.monotonic() > enough_at and self._rounds.num_members >= self._settings.min_workers:
+        while self._stop_reason is None:
+            found, is_late = self._rounds.num_members, time.monotonic() > enough_at
+            enough = found >= self._settings.num_workers or (is_late and found >= self._settings.min_workers)
+            if enough and self._hosts.are_ready:
                 return
             self._rounds.poll()
 
@@ -217,22 +263,37 @@ class Loop:
         """One update: exchange, average, publish. Returns its record, and a reason to stop if the run has converged."""
         round_ = self._next_round()
         taken, dropped = self._rounds.close(round_)
-        read, lag = None, self.step - round_.read
-        if self._settings.asynchronous:
-            assert round_.owner is not None
-            read, lag = round_.owner.own, self.step - round_.reads[round_.owner.incarnation]
-        parts = round_.tree.fold()
-        update = self._server.apply(parts, self.step + 1, read)
-        if squares := sum(part.squares for part in parts):
-            microbatches = [self._plan.num_rows_of(*m) for m in round_.microbatches if m not in dropped]
-            self._noise_scale.add(squares, (update.data_norm * update.weight) ** 2, microbatches)
-        epoch, _ = self._plan.position(round_.microbatches[0][0])
+        is_looked_at = is_look(round_.microbatches[0][0], self._settings.look_every_steps)
+        watch = LayerWatch(self._server.model, self._server.layout) if is_looked_at else None
+        lag = self.step - (round_.reads[round_.owner.incarnation] if round_.owner and round_.reads else round_.read)
+        try:
+            update, parts = self._apply(round_, watch, lag)
+            skipped = {m: why for m, why in round_.skipped.items() if m not in dropped}
+        except DivergenceError:
+            checked = self._checked([m for m in round_.microbatches if m not in dropped], round_.read)
+            update, parts = self._apply(checked, watch, lag)
+            skipped = checked.skipped
+        left_out = self._skipping.leave_out(skipped)
         self.step += 1
         self._rounds.stepped(self.step)
         self._epoch_ended = self._agenda.applied([m for m in round_.microbatches if m not in dropped], dropped)
-        self._last_loss = update.loss
+        why = self._stopping.stepped(update.loss, update.grad_norm) if update.samples else None
         now = time.perf_counter()
         step_s, self._mark = now - self._mark, now
+        if not (why or self._stop_reason or self._is_time_over or self._is_validation_due):
+            self._begin_rounds()  # so that the workers compute while what follows is done
+            self._rounds.wake()
+        if (squares := sum(part.squares for part in parts)) and not update.overflowed:
+            microbatches = [self._plan.num_rows_of(*m) for m in round_.microbatches if m not in {*dropped, *skipped}]
+            self._noise_scale.add(squares, (update.data_norm * update.weight) ** 2, microbatches)
+        layers: tuple[LayerLook, ...] = ()
+        if watch is not None and update.samples and not update.overflowed:
+            layers = watch.looks([round_.seen[m] for m in sorted(round_.seen) if m not in dropped], update.samples)
+        for warning in self._symptoms.notice(self.step, layers, update.lr):
+            self._tell("warning", warning)
+        if update.samples:
+            self._last_loss = update.loss
+        epoch, _ = self._plan.position(round_.microbatches[0][0])
         # Asynchronous workers compute while others do: an update's share of the time is what there was of each.
         beside = max(1, self._rounds.num_members) if self._settings.asynchronous else 1
         data_s, compute_s = (fmean(seconds.values()) / beside for seconds in (round_.data_s, round_.compute_s))
@@ -257,12 +318,46 @@ class Loop:
             penalty=update.penalty,
             staleness=lag,
             dropped=len(dropped),
+            skipped=left_out.microbatches,
+            skipped_rows=left_out.rows,
             noise_scale=self._noise_scale.now,
             critical_batch_size=self._noise_scale.overall,
+            loss_scale=round_.scale or None,
+            overflowed=update.overflowed,
+            layers=layers,
             taken=taken,
         )
         self._reports.step(record)
-        return record, self._stopping.stepped(update.loss, update.grad_norm)
+        return record, why
+
+    def _apply(self, round_: Round, watch: LayerWatch | None, lag: int) -> tuple[Update, tuple[Partial, ...]]:
+        """Apply what a round gave. Where all of it was skipped, the parameters stay as they are."""
+        parts = round_.tree.fold()
+        self._hosts.apply(round_.number, len(round_.microbatches), self.step + 1)
+        try:
+            if round_.skipped and not any(part.samples for part in parts):
+                update = self._server.skip(self.step + 1)
+            else:
+                read = round_.owner.own if self._settings.asynchronous and round_.owner is not None else None
+                update = self._server.apply(parts, self.step + 1, read, round_.scale, watch, lag)
+            self._hosts.publish(self.step + 1)
+        finally:
+            self._hosts.forget(round_.number)
+        return update, parts
+
+    def _checked(self, microbatches: Sequence[Microbatch], read: int) -> Round:
+        """Have an update's microbatches computed again, each looked at by itself, since their sum is not finite: the
+        worker that has it ends the run, or leaves it out. Nothing has changed, so the others are what they were."""
+        if not self._server.is_finite:
+            raise DivergenceError(
+                f"step {self.step + 1}: the parameters are not finite: the update before overflowed. The last "
+                "checkpoint is good. Try a lower optimizer.lr"
+            )
+        round_ = self._rounds.begin(Kind.CHECK, microbatches, read, self.step)
+        while round_.whole_at is None:
+            self._poll()
+        self._rounds.close(round_)
+        return round_
 
     def _next_round(self) -> Round:
         """Keep rounds in flight until the one to apply next is there: the oldest, or in asynchronous training the first
@@ -279,6 +374,7 @@ class Loop:
 
     def _begin_rounds(self) -> None:
         if self._settings.asynchronous:
+            self._rounds.deal_orphans()
             for member, shards in self._rounds.idle():
                 if not self._may_begin or not (microbatches := self._agenda.next(shards)):
                     return
@@ -299,21 +395,21 @@ class Loop:
 
     def _after_step(self) -> str | None:
         """Validate and snapshot where they are due. Returns a reason to stop, if validation gave one."""
-        why = None
-        epoch_end = self._epoch_ended
-        if self._validation_plan is not None and (epoch_end or _due(self.step, self._settings.validation_every_steps)):
-            why = self._validate()
+        why = self._validate() if self._is_validation_due else None
         every_s = self._settings.checkpoint_every_s
         is_time = every_s is not None and time.monotonic() - self._snapshot_at >= every_s
-        if epoch_end or is_time or _due(self.step, self._settings.checkpoint_every_steps):
+        if self._epoch_ended or is_time or _due(self.step, self._settings.checkpoint_every_steps):
             self._snapshot()
         return why
 
-    def _validate(self) -> str | None:
+    def _validate(self, is_extra: bool = False) -> str | None:
+        """Validate. Returns a reason to stop, if there is one. Of an extra one, at the run's end, neither schedule nor
+        stopping hear, so that a run that is trained on is the one that would not have ended here."""
         assert self._validation_plan is not None
         start = time.perf_counter()
         sums, samples, loss = torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0
         weight = 0.0
+        self._hosts.publish_averaged()
         for step in range(self._validation_plan.steps_per_epoch):
             shards = [(step, shard) for shard in range(self._validation_plan.num_shards)]
             round_ = self._rounds.begin(Kind.VALIDATE, shards, self.step)
@@ -340,18 +436,31 @@ class Loop:
                 self.step, epoch, time.time_ns() // 1_000_000, dict(self._validation), samples, now - start
             )
         )
+        if is_extra:
+            return None
         self._server.schedule.validated(self._validation["loss"])
+        self._hosts.validated(self._validation["loss"])
         return self._stopping.validated(self._validation)
 
     def _snapshot(self) -> None:
         """Copy the run's state, which is all that a checkpoint costs the step; whoever takes it serializes it."""
-        self._server.load_buffers()
-        tensors, scalars = pack_optimizer(self._server.optimizer)
+        self._hosts.take_parameters(self.step)
+        if not self._server.is_finite:
+            raise DivergenceError(
+                f"step {self.step}: the update made parameters that are not finite, so no checkpoint is written. Try a "
+                "lower optimizer.lr"
+            )
+        with self._server.exported() as model:
+            exported = copied(model_state(model))
+        tensors, scalars = self._hosts.pack_optimizer()
         state = {
             "optimizer": scalars,
             "schedule": self._server.schedule.state_dict(),
             "stopping": self._stopping.state_dict(),
             "agenda": self._agenda.state_dict(),
+            "skipped": self._skipping.state_dict(),
+            "loss_scale": self._server.loss_scale.state_dict() if self._server.loss_scale is not None else None,
+            "symptoms": self._symptoms.state_dict(),
             "validation": self._validation,
             "train_loss": self._last_loss if math.isfinite(self._last_loss) else None,
         }
@@ -361,7 +470,7 @@ class Loop:
                 step=self.step,
                 epoch=self._agenda.epoch,
                 epoch_finished=self._epoch_ended,
-                model=copied(model_state(self._server.model)),
+                model=exported,
                 optimizer=copied({**tensors, **self._server.stale(self.step)}),
                 state=state,
                 metrics=dict(metrics),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from distrain.exchange.link import Frame, Kind, SocketLink
 from distrain.exchange.memory import Published, PushSlots
+from distrain.reduction import Block, Partial
 from distrain.server.ledger import Assignment
 
 _WEIGHT = 0.2  # of the newest measurement in the running mean
@@ -23,22 +25,75 @@ class Task:
     is_copy: bool = False  # another worker owes it too
 
 
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A push of gradients that counts, and lies in its worker's slot on its host."""
+
+    member: Member
+    slot: int
+    block: Block
+    part: Partial  # its vector is None on another host
+
+    @property
+    def taken(self) -> tuple[int, int, int]:
+        """As the ledger has it."""
+        return self.member.incarnation, self.block.first, self.block.stop
+
+
+@dataclass(eq=False)
+class Batch:
+    """Pushes of one host and round that are added up there, and sent to the slices' owners."""
+
+    pushes: list[Pushed]
+    since: float  # time.monotonic()
+    missing: dict[int, int]  # slice -> places whose sum its owner does not have yet
+    parts: list[tuple[Block, Partial]] = field(default_factory=list)  # of the server's own slice
+
+    def covers(self, place: int) -> bool:
+        return any(pushed.block.first <= place < pushed.block.stop for pushed in self.pushes)
+
+
+@dataclass(eq=False)
+class Host:
+    """A host whose workers' pushes are added up there. `link` leads to its relay; the server's own has none."""
+
+    number: int
+    link: SocketLink | None
+    slice: int | None = None  # that it owns
+    address: tuple[str, int] | None = None  # where its relay listens for other hosts' relays
+    is_ready: bool = False
+    accepted: dict[int, list[Pushed]] = field(default_factory=dict)  # by round: not yet added up
+    batches: dict[int, list[Batch]] = field(default_factory=dict)  # by round: on their way
+    shared: Any = None  # payload of its last SHARE
+    state: Any = None  # payload of its last STATE
+    published: int = -1  # the last update of its slice that came
+
+    def take_back(self, round_: int) -> list[tuple[int, int, int]]:
+        """Forget what has not come of a round. Returns it, as the ledger has it."""
+        batches = self.batches.pop(round_, [])
+        return [p.taken for batch in batches for p in batch.pushes] + [p.taken for p in self.accepted.pop(round_, [])]
+
+
 @dataclass(eq=False)
 class Member:
-    """A worker that joined. `own` are the parameters that only it reads, in asynchronous training."""
+    """A worker that joined. `own` are the parameters that only it reads, in asynchronous training; `host` is where it
+    runs, where that adds its pushes up with those of others. On another host, `link` is the link to that host's relay,
+    which has the worker's push slots."""
 
     rank: int
     incarnation: int
     link: SocketLink
-    slots: PushSlots
+    slots: PushSlots | None
     launch: int
     own: Published | None = None
+    host: Host | None = None
     deadline: float = math.inf  # time.monotonic() by which it must have answered, if it owes anything
     held: dict[int, int] = field(default_factory=dict)  # without shared memory: version -> update whose parameters
     tasks: dict[Assignment, Task] = field(default_factory=dict)  # not answered yet
     answered_at: float = 0.0  # time.monotonic()
     seconds: float | None = None  # a microbatch usually takes so long
     opening_s: float | None = None  # so long did its first task take, which opens windows
+    overtaken_s: float | None = None  # a round that it still owed an answer was whole so long after it was asked
 
     @property
     def speed(self) -> float | None:
@@ -48,6 +103,7 @@ class Member:
     def answered(self, frame: Frame, now: float) -> None:
         """A push came. A task's first push says how long all of it took."""
         self.answered_at = now
+        self.overtaken_s = None
         for assignment in [a for a in self.tasks if a.round == frame.round and a.first <= frame.first < a.stop]:
             task = self.tasks[assignment]
             if task.kind is Kind.TRAIN and frame.compute_s:
@@ -61,6 +117,12 @@ class Member:
         elif not is_copy:  # which opens windows, too
             each = max(seconds / microbatches, 1e-6)
             self.seconds = each if self.seconds is None else (1 - _WEIGHT) * self.seconds + _WEIGHT * each
+
+    def overtaken(self, round_: int, now: float) -> None:
+        """A round is over; whatever it was asked for in it, others have done."""
+        for assignment, task in self.tasks.items():
+            if assignment.round == round_:
+                self.overtaken_s = now - task.sent_at
 
     def is_late(self, assignment: Assignment, now: float, opening_s: float) -> bool:
         """Whether its oldest assignment takes so much longer than usual that another worker, which has to open the

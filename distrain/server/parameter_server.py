@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from distrain.config import ClipConfig, OptimizerConfig, ScheduleConfig
+from distrain.config import AveragingConfig, ClipConfig, OptimizerConfig, ScheduleConfig
 from distrain.errors import CheckpointError, DivergenceError, TrainingDataError
 from distrain.exchange.memory import Layout, Published, views
-from distrain.learning.clipping import PIECE, Norm, clip_, global_norm
+from distrain.exchange.slices import Span, extents
+from distrain.exchange.wire import WIRES, WireDtype
+from distrain.learning.annealing import GradientNoise
+from distrain.learning.averaging import AveragedWeights
+from distrain.learning.clipping import PIECE, Norm, clip_, global_norm, total_norm
+from distrain.learning.diagnostics import LayerWatch
 from distrain.learning.model_state import restore_model
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.penalties import Penalty
 from distrain.learning.schedules import build_schedule
 from distrain.reduction import Partial
+from distrain.server.loss_scale import LossScale
+
+Share = Callable[[list[float]], list[float]]
+"""Gives a slice's values to the other slices' servers, and returns those of all slices, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
     """What one update did. `grad_norm` is the averaged gradient's L2 norm before clipping, penalties included, and
-    `data_norm` that without them; `weight` the sum of the rows' weights."""
+    `data_norm` that without them; `weight` the sum of the rows' weights. `overflowed`: the gradient did, in fp16,
+    and the update was left out."""
 
     samples: int
     weight: float
@@ -35,6 +46,7 @@ class Update:
     lr: float
     clipped: bool
     seconds: float
+    overflowed: bool = False
 
 
 class ParameterServer:
@@ -42,7 +54,13 @@ class ParameterServer:
 
     The model's parameters become views into `current`, its gradients views into one flat float32 vector. With
     `staleness` k, the parameters of the last k + 1 updates are kept: those of update t in `published[t % (k + 1)]`.
-    With none of it, workers read the current ones.
+    With none of it, workers read the current ones. `loss_scale` is there in fp16 only.
+
+    With `span`, this server owns only that slice of the vector: it averages, clips and updates nothing else, and is
+    given sums of that span. `share` then has to be set, since all slices are clipped by their common norm; the other
+    slices' parameters come into `published` from outside.
+
+    With `wire_dtype` bf16, what is published is rounded (see wire.py), and `current` is not.
     """
 
     def __init__(
@@ -54,24 +72,42 @@ class ParameterServer:
         staleness: int = 0,
         delay_compensation: float = 0.0,
         penalty: Penalty | None = None,
+        loss_scale: LossScale | None = None,
+        noise: GradientNoise | None = None,
+        averaging: AveragingConfig | None = None,
+        span: Span | None = None,
+        wire_dtype: WireDtype = "fp32",
     ) -> None:
         self.model = model
         self.layout = Layout.of(model)
+        self.wire = WIRES[wire_dtype](self.layout)
+        self._whole = Span(0, self.layout.num_floats)
+        self.span = span or self._whole
+        self.share: Share | None = None
         self.current = Published(self.layout)
         self.current.adopt_parameters(model, copy_in=True)
         self.current.store_buffers(model)
-        self.published = [Published(self.layout) for _ in range(staleness + 1)] if staleness else [self.current]
-        self._publish(0)
-        self._delay_compensation, self._penalty = delay_compensation, penalty
+        apart = staleness > 0 or self.wire.rounds
+        self.published = [Published(self.layout) for _ in range(staleness + 1)] if apart else [self.current]
+        if apart:
+            self.published[0].copy_from(self.current)
+            self.wire.round_parameters(self.published[0], self._whole)
+        self._averaged = AveragedWeights(self.layout, self.current, averaging) if averaging is not None else None
+        self._delay_compensation, self._penalty, self._noise = delay_compensation, penalty, noise
+        self.loss_scale = loss_scale
         self._mean = torch.zeros(self.layout.num_floats)
-        self._gradients = self._mean[: self.layout.num_gradients]
-        for parameter, view in zip(model.parameters(), views(self._mean, self.layout.parameters), strict=True):
-            if parameter.requires_grad:
-                parameter.grad = view
-        sizes = [_sizes(self.layout.num_gradients), _sizes(self.layout.num_floats - self.layout.num_gradients)]
-        self._num_gradient_pieces = len(sizes[0])
-        self._sizes = sizes[0] + sizes[1]
-        self._pieces = self._mean.split(self._sizes)
+        gradients = Span(self.span.start, min(self.span.stop, self.layout.num_gradients))
+        self._gradients = self._mean[gradients.start : gradients.stop]
+        for parameter, entry, view in zip(
+            model.parameters(), self.layout.parameters, views(self._mean, self.layout.parameters), strict=True
+        ):
+            if parameter.requires_grad and gradients.start <= entry.start < gradients.stop:
+                parameter.grad = view  # the optimizer passes over parameters that have none
+        sizes = _piece_sizes(self.layout, gradients)
+        self._num_gradient_pieces = len(sizes)
+        self._gradient_pieces = self._gradients.split(sizes)
+        self._sizes = sizes + _sizes(self.span.stop - gradients.stop)
+        self._pieces = self._mean[self.span.start : self.span.stop].split(self._sizes)
         self._norm = Norm()
         self._clip = clip
         self.optimizer = build_optimizer(model, optimizer)
@@ -80,11 +116,25 @@ class ParameterServer:
         stop = self.layout.int_buffers[0].start if self.layout.int_buffers else self.layout.num_floats
         self._float_buffers = slice(start, stop)
 
-    def apply(self, halves: tuple[Partial, ...], step: int, read: Published | None = None) -> Update:
+    def scale_after(self, step: int) -> float:
+        """The loss scale of a round that reads the parameters after update `step`; 0: the loss is not scaled."""
+        return self.loss_scale.after(step) if self.loss_scale is not None else 0.0
+
+    def apply(
+        self,
+        halves: tuple[Partial, ...],
+        step: int,
+        read: Published | None = None,
+        scale: float = 0.0,
+        watch: LayerWatch | None = None,
+        lag: int = 0,
+    ) -> Update:
         """Apply one step (number `step`, from 1), given the last two halves of the sum over all shards.
 
-        `read` holds the parameters from which the gradient was computed; delay compensation needs them.
-        Raises DivergenceError when loss or gradient is not finite; parameters are then as they were.
+        `read` holds the parameters from which the gradient was computed; delay compensation needs them. `scale` is the
+        loss scale that it was computed with. `watch` looks at the update. `lag` counts the updates between those
+        parameters and this one. Raises DivergenceError when loss or gradient
+        is not finite, but for a gradient that overflowed in fp16; parameters are then as they were.
         """
         start = time.perf_counter()
         samples = sum(half.samples for half in halves)
@@ -94,33 +144,68 @@ class ParameterServer:
                 f"step {step}: the weights of its {samples} rows add up to 0, so it has no mean loss"
             )
         loss = sum(half.loss for half in halves) / weight
-        norm = data_norm = self._average([half.vector for half in halves], samples, weight)
+        self._average([half.vector for half in halves], samples, weight)
+        norm = data_norm = total_norm(self._of_all_slices(self._norm.take()))
+        if scale and self.loss_scale is not None and math.isfinite(loss):
+            if math.isfinite(norm):
+                self.loss_scale.applied(step, scale)
+            elif self.loss_scale.overflowed(step, scale):
+                left_out, seconds = self.skip(step), time.perf_counter() - start
+                return Update(samples, weight, loss, 0.0, norm, norm, left_out.lr, False, seconds, overflowed=True)
         if not math.isfinite(norm) or not math.isfinite(loss):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise DivergenceError(
-                f"step {step}: the {what} is not finite (loss {loss:g}, gradient norm {norm:g}); the parameters were "
-                "left as they were. Try a lower optimizer.lr, or clip: {norm: 1.0}"
+                f"step {step}: the {what} is not finite (loss {loss:g}, gradient norm {norm:g}), though that of each "
+                "microbatch is: their sum overflows; the parameters were left as they were. Try a lower optimizer.lr"
             )
         if self._delay_compensation and read is not None:
             self._compensate(read)
         penalty = 0.0
         if self._penalty is not None:
-            penalty = self._penalty.add_gradient()
-            norm = global_norm(self._gradients)
+            penalty = sum(self._of_all_slices([self._penalty.add_gradient()]))
+            for piece in self._gradient_pieces:
+                self._norm.add(piece)
+            norm = total_norm(self._of_all_slices(self._norm.take()))
+        if watch is not None:
+            watch.before(self._gradients, self.current.floats)
         clipped = clip_(self._gradients, self._clip, norm)
+        if self._clip is not None and self._clip.norm is None:
+            clipped = any(self._of_all_slices([float(clipped)]))
+        if self._noise is not None:
+            self._noise.add_(self._gradients, step - 1)
         lr = self.schedule.lr
         self.optimizer.step()
         self.schedule.step()
-        self._update_buffers()
+        self._update_buffers(lag)
+        if watch is not None:
+            watch.after(self.current.floats)
+        if self._averaged is not None:
+            self._averaged.update(step)
         self._publish(step)
         seconds = time.perf_counter() - start
         return Update(samples, weight, loss, penalty, data_norm, norm, lr, clipped, seconds)
 
+    def skip(self, step: int) -> Update:
+        """Count a step (number `step`, from 1) of which nothing could be used: parameters and buffers stay as they are,
+        the schedule moves on."""
+        lr = self.schedule.lr
+        self.schedule.step()
+        self._publish(step)
+        return Update(0, 0.0, 0.0, 0.0, 0.0, 0.0, lr, False, 0.0)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all parameters and buffers are finite, those of other slices as last taken."""
+        return math.isfinite(global_norm(self.current.floats))
+
     def _publish(self, step: int) -> None:
-        """Let workers read the parameters after update `step`."""
+        """Let workers read the parameters after update `step`. (Those of other slices come from outside.)"""
         place = self.published[step % len(self.published)]
         if place is not self.current:
-            place.copy_from(self.current)
+            own = slice(self.span.start, self.span.stop)
+            place.floats[own] = self.current.floats[own]
+            place.ints.copy_(self.current.ints)
+            self.wire.round_parameters(place, self.span)
 
     def _compensate(self, read: Published) -> None:
         """Add to the gradient g what it misses by having been computed elsewhere: lambda g^2 (w_now - w_read), the
@@ -129,9 +214,12 @@ class ParameterServer:
         moved = self.current.floats[:n] - read.floats[:n]
         self._gradients.addcmul_(moved.mul_(self._gradients), self._gradients, value=self._delay_compensation)
 
-    def _average(self, sums: list[Tensor], samples: int, weight: float) -> float:
-        """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and return the
-        gradient's norm in float64.
+    def _of_all_slices(self, values: list[float]) -> list[float]:
+        return values if self.share is None else self.share(values)
+
+    def _average(self, sums: list[Tensor], samples: int, weight: float) -> None:
+        """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and add the
+        gradient's pieces to the norm.
 
         In pieces that stay in the cache: memory, not arithmetic, is what an update waits for.
         """
@@ -144,30 +232,66 @@ class ParameterServer:
                 torch.mul(parts[0], share, out=mean)
             if number < self._num_gradient_pieces:
                 self._norm.add(mean)
-        return self._norm.take()
 
-    def _update_buffers(self) -> None:
-        """Add the buffers' mean changes. A constant buffer changes by exactly 0 and keeps its bits."""
-        if not self.layout.has_buffers:
+    def _update_buffers(self, lag: int) -> None:
+        """Add the buffers' mean changes. A constant buffer changes by exactly 0 and keeps its bits.
+
+        A stale change counts 1 / (1 + lag), as in staleness-aware SGD (Zhang et al. 2016, section 3.2): those computed
+        from the same running variance would else take it below 0 together.
+        """
+        if not self.layout.has_buffers or self.span.stop < self.layout.num_floats:
             return
-        self.current.floats[self._float_buffers].add_(self._mean[self._float_buffers])
+        self.current.floats[self._float_buffers].add_(self._mean[self._float_buffers], alpha=1 / (1 + lag))
         changes = views(self._mean, self.layout.int_buffers)
         for value, change in zip(self.current.int_views(), changes, strict=True):
             value.add_(change.round().to(torch.int64))
 
-    def load_buffers(self) -> None:
-        """Bring the published buffers into the model, before it is saved or evaluated."""
+    @property
+    def readable(self) -> list[Published]:
+        """All that workers may read: `published`, and behind them the averaged weights, where there are any."""
+        return [*self.published, self._averaged.published] if self._averaged is not None else self.published
+
+    def version(self, read: int, is_validation: bool) -> int:
+        """Which of `readable` holds the parameters after update `read`. Averaged ones are for validation, and are
+        always the current ones."""
+        if is_validation and self._averaged is not None:
+            return len(self.published)
+        return read % len(self.published)
+
+    @contextmanager
+    def exported(self) -> Iterator[nn.Module]:
+        """The model as it is validated, saved and handed out, for the time of a `with`: with its buffers, and with the
+        averaged weights where there are any."""
+        source = self.current if self._averaged is None else self._averaged.published
+        source.adopt_parameters(self.model, copy_in=False)
         named = dict(self.model.named_buffers())
-        for entry, view in zip(
-            self.layout.float_buffers, views(self.current.floats, self.layout.float_buffers), strict=True
-        ):
+        for entry, view in zip(self.layout.float_buffers, views(source.floats, self.layout.float_buffers), strict=True):
             named[entry.name].copy_(view)
-        for entry, view in zip(self.layout.int_buffers, self.current.int_views(), strict=True):
+        for entry, view in zip(self.layout.int_buffers, source.int_views(), strict=True):
             named[entry.name].copy_(view)
+        try:
+            yield self.model
+        finally:
+            self.current.adopt_parameters(self.model, copy_in=False)
+
+    def indices_in(self, span: Span) -> frozenset[int]:
+        """The parameters of a span, as the optimizer's state counts them: through all its groups."""
+        starts = {id(p): entry.start for p, entry in zip(self.model.parameters(), self.layout.parameters, strict=True)}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return frozenset(i for i, p in enumerate(parameters) if span.start <= starts[id(p)] < span.stop)
+
+    def take_others(self, step: int) -> None:
+        """Bring the other slices' parameters after update `step` into the model, before it is saved or evaluated."""
+        published = self.published[step % len(self.published)]
+        if published is not self.current:
+            self.current.floats[: self.span.start] = published.floats[: self.span.start]
 
     def stale(self, step: int) -> dict[str, Tensor]:
-        """What the updates after `step` read of earlier ones: by name, for a checkpoint. Nothing without staleness."""
+        """What the updates after `step` need beside the exported model: by name, for a checkpoint. With staleness the
+        parameters of earlier updates; with averaging the weights that are trained."""
         kept: dict[str, Tensor] = {}
+        if self._averaged is not None:
+            kept["trained.floats"], kept["trained.ints"] = self.current.floats, self.current.ints
         for earlier in range(max(0, step - len(self.published) + 1), step):
             published = self.published[earlier % len(self.published)]
             kept[f"published.{earlier}.floats"], kept[f"published.{earlier}.ints"] = published.floats, published.ints
@@ -180,12 +304,20 @@ class ParameterServer:
         """
         restore_model(self.model, model)
         self.current.store_buffers(self.model)
-        self._publish(step)
+        if self._averaged is not None:
+            self._averaged.published.copy_from(self.current)
+            if "trained.floats" in stale:  # else it begins to average here
+                self.current.floats.copy_(stale["trained.floats"])
+                self.current.ints.copy_(stale["trained.ints"])
+        if (place := self.published[step % len(self.published)]) is not self.current:
+            place.copy_from(self.current)
+            self.wire.round_parameters(place, self._whole)
         for earlier in range(max(0, step - len(self.published) + 1), step):
             published = self.published[earlier % len(self.published)]
             try:
                 published.floats.copy_(stale[f"published.{earlier}.floats"])
                 published.ints.copy_(stale[f"published.{earlier}.ints"])
+                self.wire.round_parameters(published, self._whole)
             except KeyError as error:
                 raise CheckpointError(
                     f"the checkpoint lacks the parameters of update {earlier}, which server.staleness asks for"
@@ -195,3 +327,15 @@ class ParameterServer:
 def _sizes(count: int) -> list[int]:
     """The lengths of the pieces in which so many values are averaged."""
     return [min(PIECE, count - start) for start in range(0, count, PIECE)]
+
+
+def _piece_sizes(layout: Layout, span: Span) -> list[int]:
+    """The same for the gradients of a span. Pieces end with each tensor, so that they, and with them the norm's bits,
+    do not depend on how the vector is cut into slices."""
+    sizes: list[int] = []
+    start = 0
+    for extent in extents(layout):
+        if span.start <= start < span.stop:
+            sizes += _sizes(extent)
+        start += extent
+    return sizes

@@ -37,7 +37,7 @@ def pair(request: pytest.FixtureRequest):
 
 class TestEveryLink:
     def test_carries_every_field(self, pair):
-        frame = Frame(Kind.PUSH, 2**40, 7, 1, 3, 5, 2, 6, 2**33, 2**34, 0.125, 3.5, 1e-300, 0.5, 0.25, b"payload")
+        frame = Frame(Kind.PUSH, 2**40, 7, 1, 3, 5, 2, 6, 4, 2**33, 2**34, 0.125, 3.5, 1e-300, 0.5, 0.25, b"payload")
         pair[0].send(frame)
         got = pair[1].receive(5)
         got.payload = bytes(got.payload)

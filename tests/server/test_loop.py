@@ -22,11 +22,12 @@ from distrain.config import (
 )
 from distrain.data.plan import Plan
 from distrain.errors import DivergenceError, TrainingDataError, TrainingError
-from distrain.exchange.link import Frame
+from distrain.exchange.link import Frame, Kind
 from distrain.exchange.memory import Published
 from distrain.learning.task import TaskSpec, build_task
 from distrain.reduction import Partial
 from distrain.server.loop import LoopSettings
+from distrain.server.parameter_server import ParameterServer
 from distrain.worker import Source, Worker
 from tests.support.datasets import ArrayDataset
 from tests.support.runs import Job, KilledWorker, open_run, start_worker, task, train
@@ -145,6 +146,91 @@ def test_a_silent_worker_is_helped_then_given_up_and_what_it_pushes_later_is_ref
     assert outcome.refused_pushes == 1
 
 
+def test_what_a_worker_pushes_that_its_supervisor_gave_up_is_refused(undisturbed):
+    """Its node is out of reach, say, while its link still stands."""
+
+    class Cut(Worker):
+        def handle(self, frame: Frame) -> None:
+            if self.rank == 1 and frame.step == 6:
+                run.loop.give_up(1, "its node died")
+                while not [e for e in run.reports.drain().events if e.kind == "lost"]:
+                    time.sleep(0.01)
+            if self.rank == 0 and frame.step == 12:
+                pushed.wait(10)
+            super().handle(frame)
+            if self.rank == 1 and frame.step == 6:
+                pushed.set()
+                time.sleep(0.1)  # the link is not to end before the push was read
+
+    pushed = threading.Event()
+    the_job = job(num_workers=2)
+    run = open_run(the_job)
+    start_worker(run, the_job, 0, cls=Cut)
+    start_worker(run, the_job, 1, cls=Cut, launch=1)
+    outcome = run.loop.run()
+    assert outcome.parameters_sha256 == undisturbed and outcome.refused_pushes == 1
+
+
+def test_recovery_is_told_though_others_had_done_the_lost_worker_s_part_already(undisturbed):
+    """It is lost after an idle worker delivered its part, and before the step is whole."""
+    events = []
+
+    class Held(Worker):
+        def handle(self, frame: Frame) -> None:
+            if frame.kind is Kind.TRAIN and frame.step == 2:
+                if self.rank != 0:
+                    held[frame.first] = self.rank
+                    released.wait(30)
+                else:
+                    copied.extend([held[frame.first]] if frame.first in held else [])
+                    if len(copied) == 2:  # and the first of them is delivered
+                        run.loop.give_up(copied[0], "its node died")
+                        while "lost" not in [event.kind for event in events]:
+                            time.sleep(0.01)
+                            events.extend(run.reports.drain().events)
+                        released.set()
+            super().handle(frame)
+
+    held, copied, released = {}, [], threading.Event()
+    the_job = job(num_workers=3)
+    run = open_run(the_job)
+    threads = [start_worker(run, the_job, rank, cls=Held, launch=rank) for rank in range(3)]
+    outcome = run.loop.run()
+    for thread in threads:
+        thread.join(10)
+    assert outcome.parameters_sha256 == undisturbed
+    events += run.reports.drain().events
+    assert [e.rank for e in events if e.kind == "lost"] == [copied[0]]
+    [recovered] = [e for e in events if e.kind == "recovered"]
+    assert recovered.seconds is not None and "the step in flight was whole" in recovered.message
+
+
+def test_recovery_is_told_of_a_worker_that_owed_nothing(undisturbed):
+    events = []
+
+    class Idle(Worker):
+        def handle(self, frame: Frame) -> None:
+            if frame.kind is Kind.TRAIN and frame.step == 5 and self.rank == 0:
+                pushed.wait(30)
+                run.loop.give_up(1, "its node died")
+                while "lost" not in [event.kind for event in events]:
+                    time.sleep(0.01)
+                    events.extend(run.reports.drain().events)
+            super().handle(frame)
+            if frame.step == 5 and self.rank == 1:
+                pushed.set()
+
+    pushed = threading.Event()
+    the_job = job(num_workers=2)
+    run = open_run(the_job)
+    for rank in range(2):
+        start_worker(run, the_job, rank, cls=Idle, launch=rank)
+    assert run.loop.run().parameters_sha256 == undisturbed
+    events += run.reports.drain().events
+    [recovered] = [e for e in events if e.kind == "recovered"]
+    assert recovered.seconds is not None and "the step in flight was whole" in recovered.message
+
+
 class Slow(Worker):
     """Rank 1 takes longer over each microbatch."""
 
@@ -256,8 +342,20 @@ def test_asynchronous_training_takes_each_microbatch_once_and_learns(staleness: 
     assert sum(r.samples for r in report.steps) == 3 * 137
     assert [v.samples for v in report.validations] == [50, 50, 50]
     assert report.validations[-1].metrics["loss"] < report.validations[0].metrics["loss"]
-    if staleness is not None:  # meanwhile each other shard may go from `staleness` steps behind to as many ahead
-        assert max(r.staleness for r in report.steps) <= 3 * (2 * staleness + 1)
+    if staleness is not None:
+        # Meanwhile each shard may go from `staleness` steps behind to as many ahead: its own, too, whose other steps
+        # other workers may have.
+        assert max(r.staleness for r in report.steps) <= 4 * (2 * staleness + 1) - 1
+
+
+def test_stale_changes_of_a_running_variance_do_not_take_it_below_zero():
+    server = ParameterServer(torch.nn.BatchNorm1d(1), OptimizerConfig(name="SGD", lr=0.1))
+    variance = server.layout.float_buffers[1]
+    for lag in range(20):  # all computed from a variance of 1, on rows that do not vary
+        change = torch.zeros(server.layout.num_floats)
+        change[variance.start] = -0.1
+        server.apply((Partial(change, 1, 0.0, 1.0),), lag + 1, lag=lag)
+    assert 0 < server.current.floats[variance.start].item() < 1
 
 
 def test_asynchronous_workers_may_die():
@@ -363,6 +461,29 @@ def test_stop_finishes_the_step_and_snapshots():
     while (snapshot := run.reports.take_snapshot()) is not None:
         last = snapshot
     assert last is not None and last.step == outcome.step
+
+
+def test_a_worker_that_is_computing_as_the_run_is_stopped_ends_well():
+    class Late(Worker):
+        def handle(self, frame: Frame) -> None:
+            if frame.step == 5:
+                run.loop.stop("enough")  # after this step, while the next one is in flight
+            if frame.step == 6:
+                over.wait(10)
+            super().handle(frame)
+
+        def run(self) -> None:
+            super().run()
+            ended_well.set()
+
+    over, ended_well = threading.Event(), threading.Event()
+    the_job = job(staleness=1)
+    run = open_run(the_job)
+    thread = start_worker(run, the_job, 0, cls=Late)
+    assert run.loop.run().status == "stopped"
+    over.set()
+    thread.join(10)
+    assert ended_well.is_set()
 
 
 def test_abort_ends_a_run_that_nobody_works_for():

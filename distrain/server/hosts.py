@@ -1,0 +1,371 @@
+"""The other hosts of a run, as the server sees them: their relays, the slices they own, and sums on their way.
+
+With one slice, the server owns the whole vector, and each host's relay sends it one sum a step. With k of them, the
+server owns the last and k - 1 relays one each; every host, the server's own included, sends each owner its span of the
+host's sum. An owner tells the server what has arrived; a sum counts once all owners have it. Then the server has all
+of them update, where they share the squared norms of their gradients, and each sends its parameters to every host.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from distrain.errors import LinkError, ServerLost, TrainingError
+from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers
+from distrain.exchange.slices import Span, cut
+from distrain.exchange.state import pack_state, unpack_state
+from distrain.learning.optimizer_state import merge_optimizers, optimizer_of, pack_optimizer, unpack_optimizer
+from distrain.reduction import Block, Partial, TreeSum
+from distrain.server.members import Batch, Host
+from distrain.server.parameter_server import ParameterServer
+
+_POLL_SECONDS = 0.25
+OPTIMIZER, PARAMETERS = 0, 1  # what COLLECT asks for: its `slot`
+
+Settled = Callable[[Host, int, Batch], None]
+"""Told when all owners have the sums of a batch of this round."""
+
+
+class Hosts:
+    """Relays and slices of one run. Raises ServerLost where one that owns a slice is gone: its part of the optimizer's
+    state went with it."""
+
+    def __init__(
+        self, server: ParameterServer, hub: Hub, num_slices: int, window: int, timeout_s: float, settled: Settled
+    ) -> None:
+        self._server, self._hub, self._window, self._timeout_s = server, hub, window, timeout_s
+        self._settled = settled
+        self._wire = server.wire
+        self._spans = cut(server.layout, num_slices)
+        assert server.span == self._spans[-1]
+        self._own = num_slices - 1  # the server's slice
+        if num_slices > 1:
+            server.share = self._share
+        self.local = Host(0, None, self._own) if num_slices > 1 else None
+        self._owners: dict[int, Host] = {}  # by slice, without the server's own
+        self._by_link: dict[SocketLink, Host] = {}
+        self._by_number: dict[int, Host] = {} if self.local is None else {0: self.local}
+        self._numbers = 0
+        self._stash: deque[tuple[SocketLink, Frame | LinkError]] = deque()
+        self._lent: dict[int, list[memoryview]] = {}  # by round
+        self._sums: dict[int, list[tuple[int, int, int]]] = {}  # by round: (host, first place, stop) that count
+        self._step = 0
+        self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any], dict[str, Any]] | None = None
+
+    @property
+    def all(self) -> list[Host]:
+        """Every host whose pushes are added up there."""
+        return list(self._by_number.values())
+
+    @property
+    def is_sliced(self) -> bool:
+        return self._own > 0
+
+    @property
+    def are_ready(self) -> bool:
+        """Whether every slice has its owner, and that reaches the others."""
+        return len(self._owners) == self._own and all(host.is_ready for host in self._owners.values())
+
+    def of(self, link: SocketLink) -> Host | None:
+        return self._by_link.get(link)
+
+    def events(self, timeout_s: float) -> list[tuple[SocketLink, Frame | LinkError]]:
+        """What has come, like Hub.poll."""
+        waiting = list(self._stash)
+        self._stash.clear()
+        return waiting + self._hub.poll(0.0 if waiting else timeout_s)
+
+    # Relays come and go
+
+    def welcome(self, link: SocketLink, hello: dict[str, Any]) -> Host:
+        """Take in a relay that has said HELLO, and send it what it needs to begin."""
+        if hello["layout"] != self._server.layout.digest:
+            raise TrainingError(
+                "a relay built another model than the server: names or shapes differ. The model factory must give the "
+                "same model on every host"
+            )
+        self._numbers += 1
+        address = tuple(hello["tcp"]) if hello["tcp"] else None
+        host = Host(self._numbers, link, hello["slice"], address)
+        self._by_link[link] = self._by_number[host.number] = host
+        link.sink = self._place
+        versions = len(self._server.readable)
+        about = json.dumps({"host": host.number}).encode()
+        self._hub.send(link, Frame(Kind.WELCOME, slot=self._window, version=versions, payload=about))
+        if host.slice is not None:
+            self._owners[host.slice] = host
+            host.published = self._step
+            self._hub.send(link, Frame(Kind.STATE, step=self._step, payload=self._state_for(host.slice)))
+        for version, read in self._updates().items():
+            whole = host.slice is not None  # an owner comes before the first step
+            span = self._server.span
+            payload = self._wire.parameters(self._server.readable[version], Span(0 if whole else span.start, span.stop))
+            first, stop = (0 if whole else self._own), self._own + 1
+            self._hub.send(
+                link, Frame(Kind.PUBLISH, first=first, stop=stop, version=version, read=read, payload=payload)
+            )
+        if len(self._owners) == self._own:
+            for each in [host] if host.slice is None else list(self._by_link.values()):
+                self._send_roster(each)
+        return host
+
+    def _send_roster(self, host: Host) -> None:
+        """Tell a relay where the owners listen, once there are all of them."""
+        roster = [[owner.slice, *(owner.address or ())] for owner in self._owners.values() if owner is not host]
+        assert host.link is not None
+        self._hub.send(host.link, Frame(Kind.ROSTER, payload=json.dumps({"owners": roster}).encode()))
+
+    def lose(self, link: SocketLink, cause: str) -> Host:
+        """A relay is gone. Raises ServerLost when it owned a slice."""
+        host = self._by_link.pop(link)
+        del self._by_number[host.number]
+        if host.slice is not None:
+            raise ServerLost(f"the server of slice {host.slice} is lost: {cause}")
+        return host
+
+    def end(self) -> None:
+        """Tell the relays that the run is over."""
+        for link in self._by_link:
+            self._hub.send(link, Frame(Kind.STOP, incarnation=-1))
+
+    # Sums
+
+    def combine(self, host: Host, round_: int, step: int, count: int) -> None:
+        """Have a host add up what counts of its workers' pushes in a round of `count` places, for a step, and send the
+        sums."""
+        pushes = host.accepted.pop(round_)
+        places = sum(p.block.stop - p.block.first for p in pushes)
+        batch = Batch(pushes, time.monotonic(), dict.fromkeys(range(self._own + 1), places))
+        host.batches.setdefault(round_, []).append(batch)
+        if host.link is not None:
+            rows = [(p.member.incarnation, p.slot, p.block.first, p.block.stop) for p in pushes]
+            self._hub.send(host.link, Frame(Kind.COMBINE, round_, step, samples=count, payload=pack_integers(rows)))
+            return
+        tree = TreeSum(count, self._wire.rounding(step))
+        for p in pushes:
+            tree.put(p.block, p.part)
+        for block, part in tree:
+            for slice_, owner in self._owners.items():
+                assert owner.link is not None
+                payload = self._wire.pack_sum(part.vector, self._spans[slice_], owner.link)
+                self._hub.send(owner.link, sum_frame(round_, host.number, block, part, payload))
+            self._mine(batch, block, part, part.vector[self._server.span.start :])
+        self._arrived(self._own, host, round_, batch, places)
+
+    def note(self, host: Host, frame: Frame) -> bool:
+        """Take what a relay says on its own account. Whether it was that, and not a worker's word."""
+        match frame.kind:
+            case Kind.ROSTER:
+                host.is_ready = True
+            case Kind.SHARE:
+                host.shared = frame.payload
+            case Kind.STATE:
+                host.state = frame.payload
+            case Kind.PUBLISH:
+                self._wire.unpack_parameters(self._server.published[frame.version], self._spans[frame.first])
+                host.published = frame.read
+            case Kind.SUM:
+                self._take_sum(host, frame)
+            case Kind.ARRIVED:
+                sender = self._by_number.get(frame.slot)
+                batch = self._batch(sender, frame)
+                if sender is not None and batch is not None and host.slice is not None:
+                    self._arrived(host.slice, sender, frame.round, batch, frame.stop - frame.first)
+            case _:
+                return False
+        return True
+
+    def _batch(self, host: Host | None, frame: Frame) -> Batch | None:
+        batches = [] if host is None else host.batches.get(frame.round, [])
+        return next((batch for batch in batches if batch.covers(frame.first)), None)
+
+    def _take_sum(self, host: Host, frame: Frame) -> None:
+        """A host's sum of the server's own slice is here."""
+        batch = self._batch(host, frame)
+        if batch is None:  # of a round that is over
+            self._wire.pool.give(frame.payload)
+            return
+        vector, memory = self._wire.unpack_sum(frame.payload, self._server.span)
+        self._lent.setdefault(frame.round, []).append(memory)
+        block = Block(frame.first, frame.stop)
+        self._mine(batch, block, partial_of(frame), vector)
+        self._arrived(self._own, host, frame.round, batch, frame.stop - frame.first)
+
+    def _mine(self, batch: Batch, block: Block, part: Partial, vector: Tensor) -> None:
+        batch.parts.append((block, Partial(vector, part.samples, part.loss, part.weight, squares=part.squares)))
+
+    def _arrived(self, slice_: int, host: Host, round_: int, batch: Batch, places: int) -> None:
+        batch.missing[slice_] -= places
+        if not batch.missing[slice_]:
+            del batch.missing[slice_]
+        if not batch.missing:
+            host.batches[round_].remove(batch)
+            self._sums.setdefault(round_, []).extend((host.number, b.first, b.stop) for b, _ in batch.parts)
+            self._settled(host, round_, batch)
+
+    def _place(self, frame: Frame) -> memoryview | None:
+        """Where a relay's payload goes."""
+        if frame.kind is Kind.SUM:
+            return self._wire.pool.take(self._wire.sum_bytes(self._server.span))
+        if frame.kind is Kind.PUBLISH:
+            return self._wire.parameters(self._server.published[frame.version], self._spans[frame.first])
+        return None
+
+    def overdue(self) -> SocketLink | None:
+        """The relay of a host whose sums have not come in time, if any: nobody has them. Raises ServerLost where an
+        owner does not take them."""
+        before = time.monotonic() - self._timeout_s
+        for host in self._by_number.values():
+            for batch in [b for batches in host.batches.values() for b in batches if b.since < before]:
+                if len(batch.missing) <= self._own or host.link is None:
+                    raise ServerLost(f"the server of slice {min(batch.missing)} was silent for {self._timeout_s:g} s")
+                return host.link
+        return None
+
+    def forget(self, round_: int) -> None:
+        """A round is over and applied: its buffers are free."""
+        self._sums.pop(round_, None)
+        for payload in self._lent.pop(round_, []):
+            self._wire.pool.give(payload)
+
+    # Updates
+
+    def apply(self, round_: int, count: int, step: int) -> None:
+        """Have the other owners apply a round of `count` places as update `step`, before the server does."""
+        rows = pack_integers(self._sums.get(round_, []))
+        for owner in self._owners.values():
+            assert owner.link is not None
+            self._hub.send(owner.link, Frame(Kind.APPLY, round_, step, samples=count, payload=rows))
+
+    def publish(self, step: int) -> None:
+        """Send the parameters after update `step` to the other hosts, and wait for those of the other slices."""
+        self._step = step
+        version = step % len(self._server.published)
+        payload = self._wire.parameters(self._server.published[version], self._server.span)
+        for link in self._by_link:
+            frame = Frame(
+                Kind.PUBLISH, first=self._own, stop=self._own + 1, version=version, read=step, payload=payload
+            )
+            self._hub.send(link, frame)
+        self._await(lambda owner: owner.published == step)
+
+    def publish_averaged(self) -> None:
+        """Send the averaged weights to the other hosts, before a validation reads them. (There is one slice then.)"""
+        version = len(self._server.published)
+        for averaged in self._server.readable[version:]:
+            payload = self._wire.parameters(averaged, self._server.span)
+            for link in self._by_link:
+                frame = Frame(Kind.PUBLISH, stop=1, version=version, read=self._step, payload=payload)
+                self._hub.send(link, frame)
+
+    def _share(self, values: list[float]) -> list[float]:
+        """The values of all slices, in order; the server's own are the last."""
+        self._await(lambda owner: owner.shared is not None)
+        shares = [bytes(self._owners[slice_].shared) for slice_ in range(self._own)]
+        payload = b"".join(shares) + struct.pack(f"<{len(values)}d", *values)
+        for owner in self._owners.values():
+            owner.shared = None
+            assert owner.link is not None
+            self._hub.send(owner.link, Frame(Kind.SHARE, payload=payload))
+        return list(struct.unpack(f"<{len(payload) // 8}d", payload))
+
+    def _await(self, is_there: Callable[[Host], bool]) -> None:
+        """Wait until this holds for every owner. Whatever else comes waits in `events`."""
+        deadline = time.monotonic() + self._timeout_s
+        while not all(map(is_there, self._owners.values())):
+            for link, what in self._hub.poll(_POLL_SECONDS):
+                host = self._by_link.get(link)
+                if isinstance(what, LinkError) and host is not None and host.slice is not None:
+                    self.lose(link, what.message)
+                if isinstance(what, LinkError) or host is None or not self.note(host, what):
+                    self._stash.append((link, what))
+            if time.monotonic() > deadline:
+                silent = next(slice_ for slice_, owner in self._owners.items() if not is_there(owner))
+                raise ServerLost(f"the server of slice {silent} was silent for {self._timeout_s:g} s")
+
+    def validated(self, loss: float) -> None:
+        """Tell the owners' schedules."""
+        for owner in self._owners.values():
+            assert owner.link is not None
+            self._hub.send(owner.link, Frame(Kind.VALIDATED, loss=loss))
+
+    # Checkpoints
+
+    def pack_optimizer(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimizer's state of all slices, as of one server."""
+        mine = pack_optimizer(self._server.optimizer)
+        if not self.is_sliced:
+            return mine
+        return merge_optimizers([mine, *self._collect(OPTIMIZER).values()])
+
+    def take_parameters(self, step: int) -> None:
+        """Bring the other slices' parameters after update `step` into the model, before it is saved or evaluated."""
+        if not self._wire.rounds:
+            self._server.take_others(step)
+            return
+        for slice_, (tensors, _) in self._collect(PARAMETERS).items():
+            span = self._spans[slice_]
+            self._server.current.floats[span.start : span.stop] = tensors["current"]
+
+    def _collect(self, what: int) -> dict[int, tuple[dict[str, Tensor], Any]]:
+        """What the other owners have of this, by slice."""
+        for owner in self._owners.values():
+            assert owner.link is not None
+            owner.state = None
+            self._hub.send(owner.link, Frame(Kind.COLLECT, slot=what))
+        self._await(lambda owner: owner.state is not None)
+        return {slice_: unpack_state(owner.state) for slice_, owner in self._owners.items()}
+
+    def unpack_optimizer(
+        self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], schedule: dict[str, Any]
+    ) -> None:
+        """Go on from such a state, after update `step`: here, and with owners once they join."""
+        self._step = step
+        self._restored = (tensors, scalars, schedule) if self.is_sliced else None
+        mine = optimizer_of(self._server.indices_in(self._server.span), tensors, scalars)
+        unpack_optimizer(self._server.optimizer, *mine)
+
+    def _state_for(self, slice_: int) -> bytes:
+        """What an owner begins with: its parameters, and its part of the optimizer's state where there is one."""
+        span = self._spans[slice_]
+        current = {"current": self._server.current.floats[span.start : span.stop]}
+        if self._restored is None:
+            return pack_state(current, {})
+        tensors, scalars, schedule = self._restored
+        kept, part = optimizer_of(self._server.indices_in(span), tensors, scalars)
+        return pack_state({**kept, **current}, {"optimizer": part, "schedule": schedule})
+
+    def _updates(self) -> dict[int, int]:
+        """Which update's parameters each vector that workers may read holds."""
+        count = len(self._server.published)
+        reads = {version: self._step - (self._step - version) % count for version in range(count)}
+        reads.update(dict.fromkeys(range(count, len(self._server.readable)), self._step))  # averaged ones
+        return {version: read for version, read in reads.items() if read >= 0}
+
+
+def sum_frame(round_: int, host: int, block: Block, part: Partial, payload: Any) -> Frame:
+    """A host's sum over a block of places, as the owner of a slice gets it."""
+    return Frame(
+        Kind.SUM,
+        round_,
+        first=block.first,
+        stop=block.stop,
+        slot=host,
+        samples=part.samples,
+        loss=part.loss,
+        weight=part.weight,
+        squares=part.squares,
+        payload=payload,
+    )
+
+
+def partial_of(frame: Frame) -> Partial:
+    """What a push or sum says beside its vector."""
+    return Partial(None, frame.samples, frame.loss, frame.weight, squares=frame.squares)

@@ -1,0 +1,313 @@
+"""Runs over several hosts, each with a relay, and over several slices, in one process: the same bits as on one host."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+from safetensors.torch import load
+
+from distrain.config import AveragingConfig, ClipConfig, ModelConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
+from distrain.errors import DivergenceError, ServerLost
+from distrain.exchange.link import Frame, Kind
+from distrain.relay import Relay
+from distrain.server.loop import LoopSettings
+from distrain.worker import Worker
+from tests.server.test_loop import source
+from tests.support.runs import Job, KilledWorker, Run, open_run, start_relay, start_worker, task, train
+
+WITH_EVERYTHING = {
+    "clip": ClipConfig(norm=0.5),
+    "penalty": PenaltyConfig(l1=0.01, l2=0.02),
+    "schedule": ScheduleConfig(name="ReduceLROnPlateau", patience=0, threshold=0.9, warmup_steps=3),
+}
+
+
+def job(**loop) -> Job:
+    settings = LoopSettings(**{"epochs": 3, **loop})
+    model = task({"hidden": [8, 8], "normalization": "batch"})
+    return Job(source(), model, source(50, shuffle=False), loop=settings, **WITH_EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def on_one_host() -> str:
+    run, report = train(job())
+    assert any(r.clipped for r in report.steps) and len({r.lr for r in report.steps}) > 4, "or the job tests less"
+    return run.outcome.parameters_sha256
+
+
+def spread(the_job: Job, workers: list[int], cls: type[Worker] = Worker, relay_cls: type[Relay] = Relay) -> Run:
+    """Open a run with so many workers on each host: the server's own, then those with relays, of which the first own
+    slices."""
+    run = open_run(the_job)
+    run.relays = []
+    rank = 0
+    for host, count in enumerate(workers):
+        slice_ = host - 1 if 0 < host < the_job.loop.slices else None
+        relay = start_relay(run, the_job, slice_, relay_cls) if host else None
+        run.relays.append(relay)
+        for _ in range(count):
+            start_worker(run, the_job, rank, cls=cls, relay=relay)
+            rank += 1
+    return run
+
+
+def finish(run: Run) -> str:
+    run.outcome = run.loop.run()
+    for relay in filter(None, run.relays):
+        relay.thread.join(10)
+        assert not relay.thread.is_alive(), "a relay did not end with the run"
+    return run.outcome.parameters_sha256
+
+
+on_any_hosts = pytest.mark.parametrize(
+    ("workers", "slices"),
+    [([1, 1], 1), ([0, 2, 1], 1), ([2, 2], 2), ([0, 1], 2), ([1, 1, 2], 3), ([1, 0, 0, 3], 3)],
+)
+"""The workers of each host, and how many of the hosts own a slice."""
+
+
+@on_any_hosts
+def test_any_hosts_and_slices_give_the_same_bits(on_one_host, workers: list[int], slices: int):
+    run = spread(job(num_workers=sum(workers), slices=slices), workers)
+    assert finish(run) == on_one_host
+    report = run.reports.drain()
+    assert [r.samples for r in report.steps] == ([16] * 8 + [9]) * 3
+    assert {r.workers for r in report.steps} == {sum(workers)}
+    assert report.validations[-1].metrics["loss"] < report.validations[0].metrics["loss"]
+
+
+class CountingRelay(Relay):
+    sums: ClassVar[list[tuple[int, int, int]]] = []
+    pulls: ClassVar[list[int]] = []
+
+    def _combine(self, frame: Frame) -> None:
+        send = self._hub.send
+
+        def counting(link, sent):
+            if sent.kind is Kind.SUM:
+                self.sums.append((sent.round, sent.first, sent.stop))
+            send(link, sent)
+
+        self._hub.send = counting
+        super()._combine(frame)
+        self._hub.send = send
+
+    def _take_parameters(self, frame: Frame) -> None:
+        self.pulls.append(frame.read)
+        super()._take_parameters(frame)
+
+
+def test_a_host_of_two_workers_sends_one_sum_and_takes_one_set_of_parameters_a_step(on_one_host):
+    CountingRelay.sums, CountingRelay.pulls = [], []
+    # Shards 0-1 of 4 on the server's host, 2-3 on the other.
+    assert finish(spread(job(num_workers=4), [2, 2], relay_cls=CountingRelay)) == on_one_host
+    spans = [(first, stop) for _, first, stop in CountingRelay.sums]
+    assert (2, 4) in spans and len(spans) < 2 * 27, "one a step, but where a change of shares split it"
+    assert CountingRelay.pulls == list(range(28))
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_staleness_over_hosts_and_slices_gives_the_same_bits(staleness: int, slices: int):
+    expected = train(job(staleness=staleness))[0].outcome.parameters_sha256
+    assert finish(spread(job(num_workers=3, staleness=staleness, slices=slices), [1, 1, 1])) == expected
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adafactor", "RMSprop"])
+def test_other_optimizers_do_not_mind_slices(name: str):
+    optimizer = OptimizerConfig(name=name, lr=0.01, weight_decay=0.01)
+    by_value = {"optimizer": optimizer, "clip": ClipConfig(value=0.05)}
+    expected, report = train(replace(job(), **by_value))
+    sliced = spread(replace(job(num_workers=2, slices=3), **by_value), [1, 1, 0])
+    assert finish(sliced) == expected.outcome.parameters_sha256
+    assert [r.clipped for r in sliced.reports.drain().steps] == [r.clipped for r in report.steps]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_averaged_weights_are_validated_on_every_host(staleness: int):
+    averaging = AveragingConfig(decay=0.9)
+    expected, report = train(replace(job(staleness=staleness), averaging=averaging))
+    run = spread(replace(job(num_workers=3, staleness=staleness), averaging=averaging), [1, 1, 1])
+    assert finish(run) == expected.outcome.parameters_sha256
+    spread_report = run.reports.drain()
+    assert not [event for event in spread_report.events if event.kind == "lost"]
+    losses = [[each.metrics["loss"] for each in of.validations] for of in (spread_report, report)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_a_quorum_over_hosts_takes_every_row_once_an_epoch():
+    run = spread(job(num_workers=4, quorum=3, slices=2), [2, 2])
+    finish(run)
+    report = run.reports.drain()
+    assert sum(r.samples for r in report.steps) == 3 * 137
+
+
+class Mortal(Worker):
+    """Dies, as a killed process does, when asked for a step of `deaths`: {rank: (step, when)}."""
+
+    deaths: ClassVar[dict[int, tuple[int, str]]] = {}
+    died: ClassVar[list[int]] = []
+
+    def handle(self, frame: Frame) -> None:
+        step, when = self.deaths.get(self.rank, (-1, ""))
+        if frame.step != step or self.rank in self.died or frame.kind is not Kind.TRAIN:
+            return super().handle(frame)
+        if when == "after":
+            super().handle(frame)
+        self.died.append(self.rank)
+        self._link.close()
+        raise KilledWorker
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_killed_worker_of_another_host_costs_no_step_and_no_bit(on_one_host, when: str, slices: int):
+    Mortal.deaths, Mortal.died = {2: (5, when)}, []
+    run = spread(job(num_workers=4, slices=slices), [1, 2, 1], cls=Mortal)
+    assert finish(run) == on_one_host
+    assert Mortal.died == [2]
+    report = run.reports.drain()
+    assert [e.rank for e in report.events if e.kind == "lost"] == [2] and len(report.steps) == 27
+
+
+class MortalRelay(Relay):
+    """The relay of two workers dies at its fifth sum, or soon after: before it sends any of it, half way, or after."""
+
+    when = ""
+    died = 0
+
+    def _combine(self, frame: Frame) -> None:
+        self.combined = getattr(self, "combined", 0) + 1
+        if self._slice is not None or len(self._workers) < 2 or self.combined < 5:
+            return super()._combine(frame)
+        if self.when == "half":
+            self._owners[max(self._owners)] = _Nowhere()
+        if self.when != "before":
+            super()._combine(frame)
+        MortalRelay.died += 1
+        for worker in self._workers.values():
+            worker.link.close()
+        self._workers.clear()
+        raise KilledWorker
+
+
+class _Nowhere:
+    """A link that takes everything and delivers nothing."""
+
+    sending = shared = False
+
+    def send(self, frame: Frame) -> None:
+        pass
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+def test_a_host_that_dies_costs_no_step_and_no_bit(on_one_host, when: str, slices: int):
+    MortalRelay.when, MortalRelay.died = when, 0
+    run = spread(job(num_workers=4, slices=slices), [1, 1, 2], relay_cls=MortalRelay)
+    assert finish(run) == on_one_host
+    assert MortalRelay.died == 1
+    report = run.reports.drain()
+    assert sorted(e.rank for e in report.events if e.kind == "lost") == [2, 3] and len(report.steps) == 27
+
+
+def test_a_host_may_join_in_the_middle(on_one_host):
+    the_job = job(num_workers=2, slices=2)
+    run = spread(the_job, [1, 1])
+
+    def join() -> None:
+        while run.loop.step < 9:
+            time.sleep(0.001)
+        run.relays.append(relay := start_relay(run, the_job))
+        start_worker(run, the_job, 2, relay=relay)
+
+    late = threading.Thread(target=join, daemon=True)
+    late.start()
+
+    assert finish(run) == on_one_host
+    late.join(5)
+
+
+class SilentWorker(Worker):
+    """Rank 1 falls silent at step 6."""
+
+    woke = threading.Event()
+
+    def handle(self, frame: Frame) -> None:
+        if self.rank == 1 and frame.step == 6:
+            self.woke.wait(20)
+        super().handle(frame)
+
+
+def test_a_silent_worker_of_another_host_is_helped_and_given_up(on_one_host):
+    SilentWorker.woke.clear()
+    run = spread(job(num_workers=2, worker_timeout_s=1.5), [1, 1], cls=SilentWorker)
+    threading.Timer(4.0, SilentWorker.woke.set).start()
+    assert finish(run) == on_one_host
+    assert run.outcome.copied_microbatches >= 2
+
+
+def test_the_loss_of_a_slice_is_that_of_the_server():
+    class Dying(Relay):
+        def _apply(self, frame: Frame) -> None:
+            if frame.step == 7:
+                raise KilledWorker
+            super()._apply(frame)
+
+    run = spread(job(num_workers=2, slices=2), [1, 1], relay_cls=Dying)
+    with pytest.raises(ServerLost, match="the server of slice 0 is lost"):
+        run.loop.run()
+
+
+def test_a_slice_that_hangs_is_lost_after_the_timeout():
+    class Hanging(Relay):
+        def _apply(self, frame: Frame) -> None:
+            if frame.step == 7:
+                time.sleep(1.5)
+            super()._apply(frame)
+
+    run = spread(job(num_workers=2, slices=2, worker_timeout_s=0.5), [1, 1], relay_cls=Hanging)
+    with pytest.raises(ServerLost, match=r"slice 0 (was silent|is lost)"):
+        run.loop.run()
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_stopped_and_resumed_at_another_number_of_slices(before: int, after: int, staleness: int):
+    def job_of(**loop) -> Job:  # a plateau would look at the validation with which `max_steps` ends
+        return replace(job(staleness=staleness, **loop), schedule=ScheduleConfig(name="CosineAnnealingLR", T_max=20))
+
+    expected = train(job_of())[0].outcome.parameters_sha256
+    first = spread(job_of(max_steps=13, num_workers=2, slices=before), [1, 1, 0])
+    finish(first)
+    first.reports.drain()
+    snapshots = []
+    while (snapshot := first.reports.take_snapshot()) is not None:
+        snapshots.append(snapshot)
+    the_job = job_of(num_workers=2, slices=after)
+    run = open_run(the_job)
+    run.loop.restore(13, load(snapshots[-1].model), snapshots[-1].state, load(snapshots[-1].optimizer))
+    run.relays = [start_relay(run, the_job, s) for s in range(after - 1)] or [start_relay(run, the_job)]
+    start_worker(run, the_job, 0)
+    start_worker(run, the_job, 1, relay=run.relays[0])
+    assert finish(run) == expected
+
+
+def test_a_diverging_run_ends_on_every_host():
+    the_job = replace(job(num_workers=2, slices=2), optimizer=OptimizerConfig(name="SGD", lr=1e30))
+    run = spread(the_job, [1, 1])
+    with pytest.raises(DivergenceError):
+        run.loop.run()
+    run.relays[1].thread.join(10)
+    assert not run.relays[1].thread.is_alive()
+
+
+def test_more_slices_than_tensors_are_refused():
+    the_job = replace(job(slices=3), task=task({"hidden": []}))
+    assert the_job.task.model == ModelConfig(hidden=[])
+    with pytest.raises(ValueError, match="2 parameter tensors cannot be cut into 3 slices"):
+        open_run(the_job)
