@@ -1,0 +1,178 @@
+"""A device with memory of its own: the same bits as the host's, every copy waited for, none too early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from distrain.config import LossConfig, ModelConfig
+from distrain.data.plan import Plan
+from distrain.devices import HostDevice, StreamedDevice
+from distrain.devices.device import Batch
+from distrain.devices.streamed import Brought, make_buckets
+from distrain.errors import DistrainError
+from distrain.exchange.memory import Layout, Published, PushSlots
+from distrain.learning.task import TaskSpec
+from distrain.server.loop import LoopSettings
+from distrain.worker import Source
+from tests.support.accelerator import FakeGpu
+from tests.support.datasets import ArrayDataset
+from tests.support.runs import Job, train
+
+SMALL = 64  # bytes of a bucket: several of them in these models
+
+
+def job(num_workers: int, **loop) -> Job:
+    """Classes, with batch normalization (floating-point and integer buffers) and class weights. And with dropout where
+    there is one worker: threads share the host's generator."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(137, 4)).astype(np.float32)
+    dataset = ArrayDataset(features, np.argmax(features[:, :3], axis=1), row_group_rows=17)
+    source = Source(dataset, Plan(dataset.row_counts, 16, 4, shuffle_rows=40, seed=3))
+    model = ModelConfig(hidden=[8, 6], dropout=0.2 if num_workers == 1 else 0.0, normalization="batch")
+    task = TaskSpec(model, LossConfig(name="cross_entropy", class_weights=[1.0, 2.0, 0.5]), 4, 3, False, 0)
+    settings = LoopSettings(**{"epochs": 2, "num_workers": num_workers, **loop})
+    return Job(source, task, source, loop=settings)
+
+
+@pytest.fixture(scope="module")
+def on_the_host() -> dict[tuple[int, int], str]:
+    """By number of workers and staleness."""
+    cases = [(1, 0), (2, 0), (2, 1)]
+    found = {case: train(job(case[0], staleness=case[1]), case[0])[0].outcome.parameters_sha256 for case in cases}
+    return {**found, (3, 0): found[2, 0]}
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "links", "staleness"), [(1, "unix", 0), (3, "unix", 0), (2, "tcp", 0), (2, "unix", 1)]
+)
+def test_streams_and_copies_change_no_bit(on_the_host, num_workers: int, links: str, staleness: int):
+    gpus = [FakeGpu() for _ in range(num_workers)]
+    devices = tuple(partial(StreamedDevice, gpu, SMALL) for gpu in gpus)
+    run, _ = train(replace(job(num_workers, staleness=staleness), devices=devices), num_workers, links)
+    assert run.outcome.parameters_sha256 == on_the_host[num_workers, staleness]
+    for gpu in gpus:
+        assert gpu.log.count("depart") > gpu.log.count("load") > 0
+        assert gpu.brought >= gpu.kept > 0
+        assert not gpu.locked, "page-locked memory was given back"
+
+
+def test_hosts_and_gpus_work_on_one_run(on_the_host):
+    devices = (HostDevice, partial(StreamedDevice, FakeGpu(), SMALL))
+    run, report = train(replace(job(2), devices=devices), 2)
+    assert run.outcome.parameters_sha256 == on_the_host[2, 0]
+    assert {incarnation for record in report.steps for incarnation, *_ in record.taken} == {0, 1}
+
+
+class ReadsTooEarly(StreamedDevice):
+    def take(self, brought: Brought) -> Batch:
+        return brought.batch
+
+
+class PushesTooEarly(StreamedDevice):
+    def finish(self, rows: int) -> None:
+        self._departures = self._accelerator.stream()
+        super().finish(rows)
+
+
+class CopiesTooEarly(StreamedDevice):
+    def _depart(self, start: int, stop: int) -> None:
+        with self._accelerator.on(self._departures):
+            self._accelerator.copy(self._slots[0][start:stop], self._sums[start:stop])
+
+
+class KeepsOldParameters(StreamedDevice):
+    def read(self, version: int, round_number: int) -> None:
+        if self._held is None:
+            super().read(version, round_number)
+
+
+@pytest.mark.parametrize("broken", [ReadsTooEarly, PushesTooEarly, CopiesTooEarly, KeepsOldParameters])
+def test_the_fake_shows_up_what_was_not_waited_for(on_the_host, broken: type[StreamedDevice]):
+    try:
+        run, _ = train(replace(job(1), devices=(partial(broken, FakeGpu(), SMALL),)))
+    except DistrainError:
+        return
+    assert run.outcome.parameters_sha256 != on_the_host[1, 0]
+
+
+class Net(nn.Module):
+    """A frozen layer, one that the loss does not depend on, and two that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen, self.unused, self.last = (nn.Linear(3, 3) for _ in range(4))
+        self.frozen.requires_grad_(False)
+        self.reached: Callable[[torch.Tensor], None] | None = None  # called once backward is at the first layer
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(features)
+        if self.reached is not None:
+            hidden.register_hook(self.reached)
+        return self.last(self.frozen(hidden))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1024.0])
+def test_buckets_leave_while_backward_goes_on_and_what_has_no_gradient_is_zero(scale: float):
+    torch.manual_seed(0)
+    model, reference = Net(), Net()
+    reference.load_state_dict(model.state_dict())
+    layout, gpu = Layout.of(model), FakeGpu()
+    published, slots = Published(layout), PushSlots(layout, 2)
+    published.adopt_parameters(model, copy_in=True)
+    device = StreamedDevice(gpu, SMALL)
+    device.open(model, layout, [published], slots)
+    model.reached = lambda _: gpu.log.append("first layer")
+    slots[1].fill_(7.0)
+    device.read(0, 0)
+    device.begin(1, scale)
+    pieces = torch.arange(12.0).reshape(2, 2, 3)
+    for number, rows in enumerate(pieces):
+        outputs = model(device.take(device.bring({"features": rows}))["features"])
+        device.backward(outputs.square().sum(), number == 1)
+        assert number == 1 or "depart" not in gpu.log, "more is added to them"
+    before = gpu.log[gpu.log.index("first layer") + 1 :]
+    before = before[: before.index("first layer")]
+    assert before.count("depart") == 2, "the last layer's weight and bias have left"
+    assert slots[1][layout.parameters[0].start].isnan(), "nobody waited yet"
+    device.finish(4)
+    for rows in pieces:
+        reference(rows).square().sum().backward()
+    for entry, (name, parameter) in zip(layout.parameters, reference.named_parameters(), strict=True):
+        got = slots[1][entry.start : entry.start + entry.numel].view(entry.shape)
+        expected = torch.zeros(entry.shape) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=name)
+    assert len(gpu.locked) == 2, "only the slot that was used, and the parameters"
+
+
+def test_a_round_reads_the_parameters_once():
+    model = Net()
+    layout, gpu = Layout.of(model), FakeGpu()
+    published = Published(layout)
+    device = StreamedDevice(gpu)
+    device.open(model, layout, [published], PushSlots(layout, 1))
+    for round_number in (0, 0, 1):
+        published.floats += 1.0
+        device.read(0, round_number)
+    assert gpu.log == ["load", "load"]
+    assert model.first.weight[0, 0] == 3.0
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(1, 2000))
+def test_buckets_hold_each_gradient_once_the_last_layers_first(sizes: list[int], num_bytes: int):
+    layout = Layout.of(nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes))
+    buckets = make_buckets(layout, num_bytes)
+    assert [index for bucket in buckets for index in sorted(bucket.indices, reverse=True)] == list(range(len(sizes)))[
+        ::-1
+    ]
+    assert [bucket.stop for bucket in buckets] == [layout.num_gradients, *(bucket.start for bucket in buckets[:-1])]
+    assert buckets[-1].start == 0
+    assert all(4 * (bucket.stop - bucket.start) >= num_bytes for bucket in buckets[:-1])
