@@ -15,6 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distrain.data.images import Shape, image_column
+from distrain.data.location import Location, null_error
+from distrain.data.ragged import Ragged, RawBatch, ragged_column
+from distrain.data.values import values_of
 from distrain.errors import DataError, TrainingError
 from distrain.imports import load_object
 
@@ -22,18 +26,6 @@ Batch = dict[str, Tensor]
 
 # Tensors over Arrow's memory are only ever copied from.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where rows come from. `first_row` counts within the row group."""
-
-    file: str
-    row_group: int
-    first_row: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.file}: row group {self.row_group}"
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -61,7 +53,8 @@ def type_name(kind: pa.DataType) -> str:
 class Columns:
     """Which columns are read, and how they become tensors.
 
-    `features` are numeric columns, or one list column (`feature_list`). `num_features` is None with a `transform`.
+    `features` are numeric columns, or one list column (`feature_list`), whose rows may differ in length (`ragged`), or
+    one column of encoded images (`image_shape`). `num_features` is None with a `transform` and with ragged rows.
     """
 
     features: tuple[str, ...]
@@ -72,23 +65,35 @@ class Columns:
     label_is_integer: bool = False
     transform: str | None = None
     weight: str | None = None
+    ragged: bool = False
+    vocabulary: int | None = None  # ragged rows are token ids below this
+    image_shape: Shape | None = None
 
     @property
     def read(self) -> tuple[str, ...]:
         """The only columns that are ever read."""
         return (*self.features, *self.labels, *((self.weight,) if self.weight is not None else ()))
 
-    def to_tensors(self, batch: pa.RecordBatch, where: Location) -> Batch:
+    def to_tensors(self, batch: pa.RecordBatch, where: Location) -> RawBatch:
         """One batch of rows as {"features": float32 [rows, num_features], "label": int64 or float32 [rows] or
         [rows, labels], "weight": float32 [rows] where there is a weight column}, or what the transform makes of it.
+        Features of lists that differ in length are `Ragged`, to be padded microbatch by microbatch; encoded images are
+        uint8 [rows, channels, height, width].
 
         Raises DataError naming file, row group, column and row for a null or a value that is not finite, TrainingError
         where the transform raises or returns something else than tensors of these rows.
         """
         if self.transform is not None:
             return self._transformed(batch, where) | self._weights(batch, where)
-        tensors = self._weights(batch, where)
-        if self.features:
+        tensors: dict[str, Tensor | Ragged] = {**self._weights(batch, where)}
+        if self.ragged:
+            tensors["features"] = ragged_column(
+                batch.column(self.features[0]), self.features[0], where, self.vocabulary
+            )
+        elif self.image_shape is not None:
+            pixels = image_column(batch.column(self.features[0]), self.features[0], where, self.image_shape)
+            tensors["features"] = torch.from_numpy(pixels)
+        elif self.features:
             tensors["features"] = torch.from_numpy(self._features(batch, where))
         if self.labels:
             tensors["label"] = torch.from_numpy(self._label(batch, where))
@@ -108,12 +113,12 @@ class Columns:
     def _list(self, array: pa.Array, name: str, where: Location) -> NDArray[np.float32]:
         """A list column as [rows, width]; rows of another length than the first are an error."""
         if array.null_count:
-            raise _null(array, name, where)
+            raise null_error(array, name, where)
         values = array.flatten()
         assert self.num_features is not None
         width = self.num_features
         if not pa.types.is_fixed_size_list(array.type):
-            lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
+            lengths = values_of(pc.list_value_length(array))
             if (lengths != width).any():
                 row = int(np.argmax(lengths != width))
                 raise DataError(
@@ -121,9 +126,9 @@ class Columns:
                     f"the first row of the data has {width}; every row must have as many"
                 )
         if values.null_count:
-            row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // width
+            row = int(np.argmax(values_of(values.is_null()))) // width
             raise DataError(f"{where}, column {name!r}, row {where.first_row + row}: a null in the list")
-        flat = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+        flat = values_of(values).astype(np.float32, copy=False)
         if not np.isfinite(flat.sum(dtype=np.float32)):
             bad = ~np.isfinite(flat)
             if bad.any():
@@ -180,13 +185,8 @@ class Columns:
 def _numbers(array: pa.Array, name: str, where: Location) -> NDArray[Any]:
     """A column's values; a null is an error."""
     if array.null_count:
-        raise _null(array, name, where)
-    return array.to_numpy(zero_copy_only=False)
-
-
-def _null(array: pa.Array, name: str, where: Location) -> DataError:
-    row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
-    return DataError(f"{where}, column {name!r}, row {where.first_row + row}: null; fill it in or leave the row out")
+        raise null_error(array, name, where)
+    return values_of(array)
 
 
 def _check_finite(values: NDArray[Any], name: str, where: Location) -> None:

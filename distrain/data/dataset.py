@@ -9,14 +9,18 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cached_property
+from math import prod
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distrain.config import DataConfig
-from distrain.data.columns import Batch, Columns, Location, is_number, is_number_list, type_name
+from distrain.data.columns import Columns, is_number, is_number_list, type_name
 from distrain.data.files import filesystem, find_files
+from distrain.data.images import Shape, image_shape, is_encoded
+from distrain.data.location import Location
+from distrain.data.ragged import RawBatch
 from distrain.errors import DataError
 
 _FOOTER_THREADS = 8
@@ -55,6 +59,7 @@ class Dataset:
     row_groups: tuple[RowGroup, ...]
     columns: Columns
     fingerprint: str
+    is_constant: bool = False  # every feature has one value in all rows, as the footers say
 
     @cached_property
     def row_counts(self) -> tuple[int, ...]:
@@ -84,7 +89,7 @@ class Dataset:
         group = self.row_groups[row_group]
         return Location(self.files[group.file].path, group.index)
 
-    def read(self, row_group: int, start: int, stop: int) -> Iterator[Batch]:
+    def read(self, row_group: int, start: int, stop: int) -> Iterator[RawBatch]:
         """Rows [start, stop) of a row group, in order, as batches of tensors of a few MB.
 
         Only the columns needed are read. Raises DataError naming file, row group and column.
@@ -94,7 +99,7 @@ class Dataset:
 
     def read_beside(
         self, row_group: int, start: int, stop: int, also: tuple[str, ...] = ()
-    ) -> Iterator[tuple[pa.RecordBatch, Batch]]:
+    ) -> Iterator[tuple[pa.RecordBatch, RawBatch]]:
         """As `read`, with the Arrow rows beside their tensors; they hold the columns named in `also` too."""
         group = self.row_groups[row_group]
         file = self.files[group.file]
@@ -129,7 +134,7 @@ class Dataset:
             parquet = pq.ParquetFile(
                 source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
-            row_bytes = max(1, group.num_bytes // max(1, group.num_rows))
+            row_bytes = max(1, group.num_bytes // max(1, group.num_rows), prod(self.columns.image_shape or (0,)))
             batch_rows = max(256, min(65536, _BATCH_BYTES // row_bytes))
             yield from parquet.iter_batches(
                 batch_rows,
@@ -140,19 +145,24 @@ class Dataset:
 
 
 def open_dataset(
-    paths: str | list[str], data: DataConfig, like: Dataset | None = None, with_labels: bool = True
+    paths: str | list[str],
+    data: DataConfig,
+    like: Dataset | None = None,
+    with_labels: bool = True,
+    vocabulary: int | None = None,
 ) -> Dataset:
     """Open a data set by reading every file's footer.
 
     `like`: a data set whose columns this one must have (validation has the training set's). `with_labels=False` opens
-    rows without their label, for prediction. Raises DataError naming file and column.
+    rows without their label, for prediction. With a `vocabulary` features are lists of token ids below it, of any
+    length. Raises DataError naming file and column.
     """
     found = find_files(paths)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda entry: _footer(entry[0]), found))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     first_path, first = found[0][0], schemas[0]
-    columns = like.columns if like is not None else _choose(first, first_path, data, with_labels)
+    columns = like.columns if like is not None else _choose(first, first_path, data, with_labels, vocabulary)
     wanted = columns.read if with_labels else columns.features
     for (path, _), schema in zip(found, schemas, strict=True):
         _compare(path, schema, dict(columns.types), wanted, first_path if like is None else like.files[0].path)
@@ -169,10 +179,29 @@ def open_dataset(
     dataset = Dataset(source, files, groups, columns, _fingerprint(files, groups, columns))
     if dataset.num_rows == 0:
         raise DataError(f"{source}: {len(files)} files, and no rows in them")
-    if columns.feature_list and columns.num_features is None:
-        columns = _with_width(dataset)
-        dataset = Dataset(source, files, groups, columns, dataset.fingerprint)
-    return dataset
+    if columns.transform is None and columns.num_features is None and not columns.ragged:
+        dataset = replace(dataset, columns=_with_width(dataset))
+    return replace(dataset, is_constant=_is_constant(footers, columns))
+
+
+def _is_constant(footers: list[pq.FileMetaData], columns: Columns) -> bool:
+    """Whether the footers' statistics show one value for every feature. Looks no further than the first that varies."""
+    if columns.transform is not None:
+        return False
+    for feature in columns.features:
+        value = None
+        for footer in footers:
+            for index in range(footer.num_row_groups):
+                group = footer.row_group(index)
+                column = next(c for c in map(group.column, range(group.num_columns))
+                              if c.path_in_schema == feature or c.path_in_schema.startswith(f"{feature}."))  # fmt: skip
+                found = column.statistics
+                if not group.num_rows:
+                    continue
+                if found is None or not found.has_min_max or found.min != found.max or value not in (None, found.min):
+                    return False
+                value = found.min
+    return True
 
 
 def _footer(path: str) -> pq.FileMetaData:
@@ -184,7 +213,7 @@ def _footer(path: str) -> pq.FileMetaData:
         raise DataError(f"{path}: not a readable Parquet file: {_said(error)}") from error
 
 
-def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -> Columns:
+def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool, vocabulary: int | None) -> Columns:
     """Features and labels, from the first file's schema."""
     labels = (data.label,) if isinstance(data.label, str) else tuple(data.label)
     if with_labels:
@@ -197,16 +226,20 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
     features = _features(schema, path, data, labels)
     beside = labels if data.weight is None else (*labels, data.weight)
     kinds = {name: schema.field(name).type for name in (*features, *beside) if name in schema.names}
-    is_list = False
+    is_list = is_image = False
+    ragged = data.ragged or vocabulary is not None
     width: int | None = len(features)
     if data.transform is None:
         is_list = len(features) == 1 and is_number_list(kinds[features[0]])
+        is_image = len(features) == 1 and is_encoded(kinds[features[0]])
+        _check_ragged(path, data, features, kinds, vocabulary)
         for name in features:
-            if not is_list and not is_number(kinds[name]):
-                hint = "; a list column must be the only feature" if is_number_list(kinds[name]) else ""
+            if not is_list and not is_image and not is_number(kinds[name]):
+                what = "a list" if is_number_list(kinds[name]) else "an image" if is_encoded(kinds[name]) else None
+                hint = f"; {what} column must be the only feature" if what is not None else ""
                 raise DataError(
                     f"{path}: column {name!r} is {kinds[name]}: features are integer, float or bool columns, or one "
-                    f"list column of them{hint}"
+                    f"list column of them, or one column of encoded images (binary){hint}"
                 )
         for name in labels if with_labels else ():
             if not is_number(kinds[name]):
@@ -215,7 +248,7 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
         raise DataError(
             f"{path}: column {data.weight!r} is {kinds[data.weight]}: a weight is an integer, float or bool"
         )
-    if data.transform is not None:
+    if data.transform is not None or is_image or ragged:
         width = None
     elif is_list:
         fixed = pa.types.is_fixed_size_list(kinds[features[0]])
@@ -231,7 +264,25 @@ def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool) -
         label_is_integer=len(labels) == 1 and with_labels and bool(pa.types.is_integer(kinds[labels[0]])),
         transform=data.transform,
         weight=data.weight if with_labels else None,
+        ragged=ragged,
+        vocabulary=vocabulary,
     )
+
+
+def _check_ragged(
+    path: str, data: DataConfig, features: tuple[str, ...], kinds: dict[str, pa.DataType], vocabulary: int | None
+) -> None:
+    """Rows of different length come from one list column; token ids are integers."""
+    if not data.ragged and vocabulary is None:
+        return
+    key, of = ("model: text", "integers") if vocabulary is not None else ("data.ragged", "numbers")
+    kind = kinds[features[0]]
+    good = len(features) == 1 and is_number_list(kind)
+    if not good or (vocabulary is not None and not pa.types.is_integer(kind.value_type)):
+        raise DataError(
+            f"{path}: {key} takes one column of lists of {of} (data.features), and not "
+            + ", ".join(f"{name!r}, {kinds[name]}" for name in features[:3])
+        )
 
 
 def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -304,7 +355,7 @@ def _row_group(
 
 
 def _with_width(dataset: Dataset) -> Columns:
-    """The columns with the list's width, which only the first row knows."""
+    """The columns with the lists' width, or the images' shape, which only the first row knows."""
     columns = dataset.columns
     group = next(g for g in dataset.row_groups if g.num_rows)
     file = dataset.files[group.file]
@@ -315,9 +366,12 @@ def _with_width(dataset: Dataset) -> Columns:
         with files.open_input_file(path) as source:
             parquet = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             batch = next(parquet.iter_batches(1, row_groups=[group.index], columns=[name], use_threads=False))
-        first = batch.column(0)[0].as_py()
     except _READ_ERRORS as error:
         raise DataError(f"{where}, column {name!r}: cannot be read: {_said(error)}") from error
+    if not columns.feature_list:
+        shape: Shape = image_shape(batch.column(0), name, where)
+        return replace(columns, num_features=prod(shape), image_shape=shape)
+    first = batch.column(0)[0].as_py()
     if not first:
         raise DataError(f"{where}, column {name!r}, row 0: {'null' if first is None else 'an empty list'}")
     return replace(columns, num_features=len(first))

@@ -42,7 +42,8 @@ class Window:
 class Plan:
     """Deals the rows of every epoch out to steps and shards.
 
-    `row_counts` are the rows of each row group; `batch_size` the rows of a step, over all shards.
+    `row_counts` are the rows of each row group; `batch_size` the rows of a step, over all shards. A microbatch of more
+    than `forward_rows` rows is cut into pieces of nearly equal size (None: never).
     """
 
     row_counts: tuple[int, ...]
@@ -51,10 +52,11 @@ class Plan:
     shuffle_rows: int = 65536
     seed: int = 0
     shuffle: bool = True
+    forward_rows: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_shards", "shuffle_rows"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "num_shards", "shuffle_rows", "forward_rows"):
+            if (getattr(self, name) or (name == "forward_rows")) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.num_rows:
             raise ValueError("a plan needs at least one row")
@@ -100,11 +102,27 @@ class Plan:
         return last * self.num_shards + sum(self.num_microbatch_rows(last, k) > 0 for k in range(self.num_shards))
 
     @cached_property
-    def smallest_microbatch(self) -> int:
-        """The fewest rows of any microbatch that has any."""
+    def smallest_forward(self) -> int:
+        """The fewest rows of any forward pass: of a microbatch that has any, or of a piece of one."""
         last = self.num_rows - (self.steps_per_epoch - 1) * self.batch_size
-        sizes = [rows // self.num_shards or 1 for rows in (min(self.batch_size, self.num_rows), last)]
-        return min(sizes)
+        sizes: set[int] = set()
+        for rows in (min(self.batch_size, self.num_rows), last):
+            fewest, more = divmod(rows, self.num_shards)
+            sizes |= {fewest, fewest + 1} if more else {fewest}
+        return min(size // self._num_pieces(size) for size in sizes - {0})
+
+    def num_pieces(self, step_in_epoch: int, shard: int) -> int:
+        """In how many pieces microbatch (step_in_epoch, shard) is computed; an empty one in one."""
+        return self._num_pieces(self.num_microbatch_rows(step_in_epoch, shard))
+
+    def piece(self, step_in_epoch: int, shard: int, number: int) -> tuple[int, int]:
+        """Rows [start, stop) of the shard that are piece `number` of microbatch (step_in_epoch, shard)."""
+        start, stop = self.cut(step_in_epoch, shard)
+        rows, count = stop - start, self._num_pieces(stop - start)
+        return start + number * rows // count, start + (number + 1) * rows // count
+
+    def _num_pieces(self, rows: int) -> int:
+        return 1 if self.forward_rows is None else max(1, -(-rows // self.forward_rows))
 
     def windows(self, epoch: int, shard: int) -> tuple[Window, ...]:
         """The windows of a shard in one epoch, in order."""
@@ -122,9 +140,11 @@ class Plan:
         seed = np.random.SeedSequence([self.seed, epoch, shard, window.index])
         return np.random.Generator(np.random.PCG64(seed)).permutation(window.num_rows)
 
-    def slices(self, epoch: int, step_in_epoch: int, shard: int) -> list[tuple[Window, int, int]]:
-        """(window, start, stop): the positions in each window's order that make up the microbatch."""
-        start, stop = self.cut(step_in_epoch, shard)
+    def slices(
+        self, epoch: int, step_in_epoch: int, shard: int, piece: int | None = None
+    ) -> list[tuple[Window, int, int]]:
+        """(window, start, stop): the positions in each window's order that make up the microbatch, or a piece of it."""
+        start, stop = self.cut(step_in_epoch, shard) if piece is None else self.piece(step_in_epoch, shard, piece)
         windows = self.windows(epoch, shard)
         slices: list[tuple[Window, int, int]] = []
         index = bisect_right(windows, start, key=lambda window: window.start) - 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -14,25 +12,26 @@ import torch
 from torch import Tensor
 
 from distrain.data.plan import Plan, Window
+from distrain.data.ragged import Batch, Ragged, RaggedBuffer, RawBatch, pad
+from distrain.process import run_in_the_background
 
-Batch = dict[str, Tensor]
+_Buffer = dict[str, Tensor | RaggedBuffer]
 _Key = tuple[int, int]  # (epoch, window)
-_NICENESS = 19  # the lowest priority
 
 
 class Rows(Protocol):
     """What a reader needs of a data set."""
 
-    def read(self, row_group: int, start: int, stop: int) -> Iterator[Batch]:
-        """Rows [start, stop) of a row group, as batches of tensors [rows, ...]."""
+    def read(self, row_group: int, start: int, stop: int) -> Iterator[RawBatch]:
+        """Rows [start, stop) of a row group, as batches of tensors [rows, ...], or of ragged rows."""
 
 
 @dataclass
 class _Loaded:
     """A window in memory: its rows as they lie in the files, and the order in which they are given out."""
 
-    buffer: Batch  # the memory, enough for the largest window so far
-    rows: Batch  # its first rows
+    buffer: _Buffer  # the memory, enough for the largest window so far
+    rows: RawBatch  # its first rows
     order: Tensor
 
 
@@ -48,21 +47,22 @@ class Reader:
         self._shard = shard
         self._loader = _Loader(dataset, plan, shard)
 
-    def microbatch(self, epoch: int, step_in_epoch: int) -> Batch:
-        """The rows of one microbatch, as fresh tensors [rows, ...]; only an empty "label" where it has no rows.
+    def microbatch(self, epoch: int, step_in_epoch: int, piece: int | None = None) -> Batch:
+        """The rows of one microbatch, or of a piece of it, as fresh tensors [rows, ...]; only an empty "label" where it
+        has no rows. Ragged rows are padded to the longest of these, so that the bits depend on the rows alone.
 
         Raises DataError where the rows cannot be read.
         """
         parts = []
-        for window, start, stop in self._plan.slices(epoch, step_in_epoch, self._shard):
+        for window, start, stop in self._plan.slices(epoch, step_in_epoch, self._shard, piece):
             loaded = self._loader.window(epoch, window)
             chosen = loaded.order[start:stop]
             parts.append({name: tensor.index_select(0, chosen) for name, tensor in loaded.rows.items()})
         if not parts:
             return {"label": torch.empty(0)}
         if len(parts) == 1:
-            return parts[0]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return pad(parts[0])
+        return pad({name: _cat([part[name] for part in parts]) for name in parts[0]})
 
     def close(self) -> None:
         """End the thread."""
@@ -79,7 +79,7 @@ class _Loader:
         self._changed = threading.Condition()
         self._loaded: dict[_Key, _Loaded] = {}
         self._next: _Key = (0, 0)  # what the thread loads next, or is loading
-        self._buffers: list[Batch] = [{}, {}]  # free ones
+        self._buffers: list[_Buffer] = [{}, {}]  # free ones
         self._sought = 0  # counts seeks: a window loaded before the last one is dropped
         self._error: BaseException | None = None
         self._closed = False
@@ -124,8 +124,7 @@ class _Loader:
 
     def _run(self) -> None:
         # Where cores are short, the reader takes the time in which the computation waits for the others.
-        with suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        run_in_the_background()
         while True:
             with self._changed:
                 while not self._closed and (self._error is not None or not self._buffers):
@@ -159,11 +158,12 @@ class _Stream:
 
     def __init__(self, dataset: Rows) -> None:
         self._dataset = dataset
-        self._batches: Iterator[Batch] = iter(())
-        self._rest: Batch | None = None
+        self._batches: Iterator[RawBatch] = iter(())
+        self._rest: RawBatch | None = None
         self._at: tuple[int, int] | None = None  # (row group, next row)
+        self._until = 0  # the row that what is open ends before
 
-    def fill(self, buffer: Batch, windows: tuple[Window, ...], index: int) -> Batch:
+    def fill(self, buffer: _Buffer, windows: tuple[Window, ...], index: int) -> RawBatch:
         """Copy the rows of a window into `buffer`, enlarged where needed. Returns them: tensors [num_rows, ...]."""
         try:
             return self._fill(buffer, windows, index)
@@ -171,28 +171,36 @@ class _Stream:
             self.close()  # what is open is of no more use: the next window opens its own
             raise
 
-    def _fill(self, buffer: Batch, windows: tuple[Window, ...], index: int) -> Batch:
+    def _fill(self, buffer: _Buffer, windows: tuple[Window, ...], index: int) -> RawBatch:
         filled = 0
         rows = windows[index].num_rows
-        view: Batch = {}
-        for place, piece in enumerate(windows[index].pieces):
-            if self._at != (piece.row_group, piece.start):
+        view: _Buffer = {}
+        for number, piece in enumerate(windows[index].pieces):
+            end = _end(windows, index, number)
+            # Another epoch may begin where this one ended, and needs more than was opened for it.
+            if self._at != (piece.row_group, piece.start) or end > self._until:
                 self.close()
-                self._batches = self._dataset.read(piece.row_group, piece.start, _end(windows, index, place))
-                self._at = (piece.row_group, piece.start)
+                self._batches = self._dataset.read(piece.row_group, piece.start, end)
+                self._at, self._until = (piece.row_group, piece.start), end
             missing = piece.stop - piece.start
             while missing:
                 batch = self._take(missing)
                 if not view:
                     view = _fit(buffer, batch, rows)
                 taken = len(next(iter(batch.values())))
-                for name, tensor in batch.items():
-                    view[name][filled : filled + taken].copy_(tensor)
+                for name, values in batch.items():
+                    place = view[name]
+                    if isinstance(place, RaggedBuffer):
+                        assert isinstance(values, Ragged)
+                        place.append(values)
+                    else:
+                        assert isinstance(values, Tensor)
+                        place[filled : filled + taken].copy_(values)
                 filled, missing = filled + taken, missing - taken
             self._at = (piece.row_group, piece.stop)
-        return view
+        return {name: part.rows if isinstance(part, RaggedBuffer) else part for name, part in view.items()}
 
-    def _take(self, most: int) -> Batch:
+    def _take(self, most: int) -> RawBatch:
         """The next rows, at most so many."""
         batch, self._rest = self._rest or next(self._batches), None
         rows = len(next(iter(batch.values())))
@@ -220,10 +228,24 @@ def _end(windows: tuple[Window, ...], index: int, place: int) -> int:
     return stop
 
 
-def _fit(buffer: Batch, batch: Batch, rows: int) -> Batch:
+def _fit(buffer: _Buffer, batch: RawBatch, rows: int) -> _Buffer:
     """The first `rows` rows of the buffer's tensors, which are made or enlarged to hold them."""
-    for name, tensor in batch.items():
+    view: _Buffer = {}
+    for name, values in batch.items():
         have = buffer.get(name)
-        if have is None or len(have) < rows or have.shape[1:] != tensor.shape[1:]:
-            buffer[name] = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
-    return {name: buffer[name][:rows] for name in batch}
+        if isinstance(values, Ragged):
+            if not isinstance(have, RaggedBuffer):
+                have = buffer[name] = RaggedBuffer(values.values.dtype)
+            have.start(rows)
+            view[name] = have
+            continue
+        if not isinstance(have, Tensor) or len(have) < rows or have.shape[1:] != values.shape[1:]:
+            have = buffer[name] = torch.empty((rows, *values.shape[1:]), dtype=values.dtype)
+        view[name] = have[:rows]
+    return view
+
+
+def _cat(parts: Sequence[Tensor | Ragged]) -> Tensor | Ragged:
+    if isinstance(parts[0], Ragged):
+        return Ragged.cat([part for part in parts if isinstance(part, Ragged)])
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distrain.data.dataset import Dataset
+from distrain.data.ragged import pad
 from distrain.errors import DataError
 
 
@@ -42,7 +43,7 @@ def measure(dataset: Dataset, features: bool, num_classes: int | None = None) ->
     mean = squares = torch.zeros(())
     class_rows = torch.zeros(num_classes or 0, dtype=torch.int64)
     for number, row_group in enumerate(dataset.row_groups):
-        for batch in dataset.read(number, 0, row_group.num_rows):
+        for batch in map(pad, dataset.read(number, 0, row_group.num_rows)):
             if num_classes is not None:
                 label = batch["label"].to(torch.int64)
                 known = label[(label >= 0) & (label < num_classes)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.config import DataConfig
-from distrain.data.columns import Columns, Location, type_name
+from distrain.data.columns import Columns, type_name
 from distrain.data.dataset import open_dataset
+from distrain.data.location import Location
 from distrain.errors import DataError
 
 HERE = Location("rows.parquet", 4, 100)
@@ -28,6 +31,23 @@ def scalars(features: tuple[str, ...] = ("a", "b"), labels: tuple[str, ...] = ("
 
 def batch(**columns: Any) -> pa.RecordBatch:
     return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+
+
+def test_reading_rows_does_not_wait_for_pandas(tmp_path: Path):
+    """pyarrow imports it for `to_numpy`: half a second of each worker's start."""
+    table = pa.table({"a": [1.0, 2.0], "b": [True, False], "l": [[1, 2], [3, 4]], "y": [0, 1]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    code = (
+        "import sys\n"
+        "from distrain.config import DataConfig\n"
+        "from distrain.data.dataset import open_dataset\n"
+        "for features, ragged in ((['a', 'b'], False), ('l', False), ('l', True)):\n"
+        "    data = DataConfig(train='rows.parquet', label='y', features=features, ragged=ragged)\n"
+        "    print(next(open_dataset('rows.parquet', data).read(0, 0, 2))['label'].tolist())\n"
+        "assert 'pandas' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    assert done.stdout.split(b"\n")[:-1] == 3 * [b"[0, 1]"]
 
 
 @given(

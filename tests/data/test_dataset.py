@@ -209,3 +209,17 @@ def test_statistics_in_one_pass_agree_with_numpy(tmp_path: Path):
     np.testing.assert_allclose(mean.numpy()[:2], kept.mean(0), rtol=1e-7)
     np.testing.assert_allclose(deviation.numpy()[:2], kept.std(0), rtol=1e-5)
     assert (mean[2].item(), deviation[2].item()) == (7.0, 1.0)
+
+
+def test_constant_features_are_seen_in_the_footers(tmp_path: Path):
+    def is_constant(*values: float, last: float = 1.0, **data) -> bool:
+        table = pa.table({"x": [*values, last], "z": [2.0] * (len(values) + 1), "y": list(range(len(values) + 1))})
+        pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+        return open_dataset(str(tmp_path), DataConfig(train="-", label="y", **data)).is_constant
+
+    assert is_constant(1.0, 1.0, 1.0) and is_constant(1.0, 2.0, 3.0, features="z")
+    assert not is_constant(1.0, 1.0, 1.0, last=2.0) and not is_constant(1.0, 2.0)
+    assert not is_constant(1.0, 1.0, 2.0, last=2.0)  # constant within each row group, but not over all
+    lists = pa.table({"x": [[1.0, 1.0], [1.0, 1.0]], "y": [0, 1]})
+    pq.write_table(lists, tmp_path / "rows.parquet")
+    assert open_dataset(str(tmp_path), DataConfig(train="-", label="y", features="x")).is_constant

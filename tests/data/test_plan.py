@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ def test_steps_have_exactly_the_batch_size_and_are_dealt_evenly(plan: Plan):
         assert sum(sizes) == min(plan.batch_size, plan.num_rows - step * plan.batch_size)
         assert max(sizes) - min(sizes) <= 1
         smallest = min([smallest, *(size for size in sizes if size)])
-    assert plan.smallest_microbatch == smallest
+    assert plan.smallest_forward == smallest
 
 
 @given(plan=plans)
@@ -123,3 +124,24 @@ def test_a_step_costs_the_same_with_many_row_groups():
     for step in random.Random(0).sample(range(plan.steps_per_epoch), 50):
         plan.slices(0, step, 0)
     assert plan.windows(0, 0) is windows
+
+
+@given(plan=plans, forward_rows=st.integers(1, 50))
+def test_pieces_make_up_the_microbatch_in_order_and_are_of_nearly_equal_size(plan: Plan, forward_rows: int):
+    plan = replace(plan, forward_rows=forward_rows)
+    smallest = plan.num_rows
+    for step in range(plan.steps_per_epoch):
+        for shard in range(plan.num_shards):
+            count = plan.num_pieces(step, shard)
+            pieces = [plan.piece(step, shard, number) for number in range(count)]
+            sizes = [stop - start for start, stop in pieces]
+            assert max(sizes) <= forward_rows and max(sizes) - min(sizes) <= 1
+            smallest = min([smallest, *(size for size in sizes if size)])
+            whole = plan.slices(1, step, shard)
+            parts = [part for number in range(count) for part in plan.slices(1, step, shard, number)]
+
+            def rows(slices) -> list[tuple[int, int]]:
+                return [(window.index, at) for window, start, stop in slices for at in range(start, stop)]
+
+            assert rows(parts) == rows(whole)
+    assert plan.smallest_forward == smallest

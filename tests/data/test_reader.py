@@ -67,6 +67,20 @@ def test_shards_together_give_every_row_once_with_features_and_label_of_the_same
         reader.close()
 
 
+def test_an_epoch_may_begin_in_the_row_where_the_last_one_ended():
+    """In the row group that is open, but beyond what was opened of it."""
+    dataset, plan = make(rows=120, group=25, batch_size=24, num_shards=4, shuffle_rows=40)
+    met = 0
+    for shard in range(4):
+        for epoch in range(11):
+            last, first = plan.windows(epoch, shard)[-1].pieces[-1], plan.windows(epoch + 1, shard)[0].pieces[0]
+            met += (last.row_group, last.stop) == (first.row_group, first.start)
+        labels = read_all(dataset, plan, shard, epochs=12)
+        for epoch in range(12):
+            assert sum(len(labels[epoch, step]) for step in range(plan.steps_per_epoch)) == 30
+    assert met
+
+
 def test_a_microbatch_of_no_rows_is_empty():
     dataset, plan = make(rows=10, batch_size=9, num_shards=3)
     reader = Reader(dataset, plan, 0)
