@@ -4,6 +4,7 @@ recurrent neural networks", algorithm 1)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,19 +19,27 @@ class Norm:
     not overflow. Not finite exactly when some value is not."""
 
     def __init__(self) -> None:
-        self._squares = 0.0
+        self._squares: list[float] = []
         # vector_norm's own conversion takes fresh memory from the system each time, which is twice as slow.
         self._wide = torch.empty(PIECE, dtype=torch.float64)
 
     def add(self, piece: Tensor) -> None:
         """Add the values of a flat float32 tensor of at most PIECE values."""
         norm: float = torch.linalg.vector_norm(self._wide[: len(piece)].copy_(piece)).item()
-        self._squares += norm * norm
+        self._squares.append(norm * norm)
 
-    def take(self) -> float:
-        """The norm of what was added since the last time."""
-        norm, self._squares = math.sqrt(self._squares), 0.0
-        return norm
+    def take(self) -> list[float]:
+        """The squared norms of the pieces added since the last time, in their order."""
+        squares, self._squares = self._squares, []
+        return squares
+
+
+def total_norm(squares: Iterable[float]) -> float:
+    """The norm of all pieces together, added up in their order."""
+    total = 0.0
+    for square in squares:
+        total += square
+    return math.sqrt(total)
 
 
 def global_norm(gradients: Tensor) -> float:
@@ -38,7 +47,7 @@ def global_norm(gradients: Tensor) -> float:
     norm = Norm()
     for piece in gradients.split(PIECE):
         norm.add(piece)
-    return norm.take()
+    return total_norm(norm.take())
 
 
 def clip_(gradients: Tensor, clip: ClipConfig | None, norm: float) -> bool:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from distrain.config import BINARY, CATEGORICAL, LossConfig, ModelConfig
+from distrain.data.ragged import pad
 from distrain.errors import ConfigError, DataError, DistrainError, TrainingError
-from distrain.learning.models import forward
+from distrain.learning.models import forward, minimum_rows
 from distrain.learning.task import Task
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def num_outputs(model: ModelConfig, loss: LossConfig, dataset: Dataset) -> int:
     columns = dataset.columns
     if loss.name not in CATEGORICAL or loss.factory is not None:
         outputs = model.outputs or len(columns.labels)
+        if model.factory is None and loss.factory is None:
+            _check_outputs(loss, outputs, dataset)
         _check_class_weights(loss, 2 if loss.name in BINARY else None, len(columns.labels))
         return outputs
     name = columns.labels[0]
@@ -53,6 +56,25 @@ def num_outputs(model: ModelConfig, loss: LossConfig, dataset: Dataset) -> int:
     return outputs
 
 
+def _check_outputs(loss: LossConfig, outputs: int, dataset: Dataset) -> None:
+    """A loss without classes takes one output for each label column; a binary one labels of 0 and 1."""
+    labels = dataset.columns.labels
+    if labels and outputs != len(labels):
+        label = "[rows]" if len(labels) == 1 else f"[rows, {len(labels)}]"
+        raise ConfigError(
+            f"model.outputs: the model gives [rows, {outputs}] where the label is {label}: {loss.name} takes one "
+            f"output for each label column, {len(labels)}"
+        )
+    if loss.name in BINARY and dataset.label_range is not None:
+        low, high = dataset.label_range
+        if low < 0 or high > 1:
+            bad = low if low < 0 else high
+            raise DataError(
+                f"{dataset.label_place(bad)}, column {labels[0]!r}: label {bad} is out of range: {loss.name} takes "
+                "labels in [0, 1]"
+            )
+
+
 def _check_class_weights(loss: LossConfig, classes: int | None, num_labels: int) -> None:
     if loss.class_weights is None:
         return
@@ -62,14 +84,21 @@ def _check_class_weights(loss: LossConfig, classes: int | None, num_labels: int)
         raise ConfigError(f"loss.class_weights: {len(loss.class_weights)} weights for {classes} classes")
 
 
-def check_shapes(task: Task, dataset: Dataset) -> None:
-    """Run the first rows through model and loss, and raise ConfigError where their shapes do not fit together.
+def check_task(task: Task, dataset: Dataset, smallest_forward: int) -> None:
+    """Run the first rows through model and loss, and raise ConfigError where their shapes do not fit together, or where
+    an epoch's smallest forward pass, of so many rows, is too small for the model.
 
     Whatever else is wrong is left to the workers, who say it with its step and place.
     """
+    needed = minimum_rows(task.model)
+    if smallest_forward < needed:
+        raise ConfigError(
+            f"the smallest microbatch of an epoch has {smallest_forward} rows, and the model's batch normalization "
+            f"needs {needed}: choose another batch_size or fewer shards"
+        )
     number = next(number for number, rows in enumerate(dataset.row_counts) if rows)
     try:
-        batch = next(dataset.read(number, 0, min(2, dataset.row_counts[number])))
+        batch = pad(next(dataset.read(number, 0, min(2, dataset.row_counts[number]))))
     except DistrainError:
         return
     training = task.model.training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from distrain.config import BINARY, CATEGORICAL, LossConfig
@@ -120,6 +120,13 @@ class Loss:
             assert config.factory is not None
             self._factory = config.factory
             self._function = load_object(config.factory, "loss.factory")(**config.args)
+
+    def to(self, device: torch.device) -> None:
+        """Compute on this device from now on."""
+        if self._class_weights is not None and self._class_weights.device != device:
+            self._class_weights = self._class_weights.to(device)
+        if isinstance(self._function, nn.Module):
+            self._function.to(device)
 
     def per_sample(self, outputs: Tensor, label: Tensor) -> Tensor:
         """The loss of each row, float32 [rows], before weights.

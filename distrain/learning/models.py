@@ -14,51 +14,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from distrain.config import ModelConfig
 from distrain.errors import ConfigError
 from distrain.imports import load_object
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "identity": nn.Identity,
-}
-
-
-NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm1d,
-    "layer": nn.LayerNorm,
-    "group": lambda units: nn.GroupNorm(_groups(units), units),
-}
-_IMAGE_NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm2d,
-    "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels at once
-    "group": lambda channels: nn.GroupNorm(_groups(channels), channels),
-}
-_MOST_GROUPS = 32  # as in Wu and He 2018
-
-
-def _groups(units: int) -> int:
-    """The most groups, of equal size, that so many units can be cut into."""
-    return next(count for count in range(min(_MOST_GROUPS, units), 0, -1) if units % count == 0)
-
-
-def hidden_layers(
-    width: int, hidden: list[int], activation: str, dropout: float, normalization: str | None
-) -> tuple[list[nn.Module], int]:
-    """Linear layers, each with its normalization, activation and dropout; and the width that comes out."""
-    layers: list[nn.Module] = []
-    for units in hidden:
-        layers.append(nn.Linear(width, units))
-        if normalization is not None:
-            layers.append(NORMALIZATIONS[normalization](units))
-        layers.append(ACTIVATIONS[activation]())
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-        width = units
-    return layers, width
+from distrain.learning.layers import ACTIVATIONS, IMAGE_NORMALIZATIONS, hidden_layers
+from distrain.learning.text import build_text
 
 
 class MLP(nn.Sequential):
@@ -85,7 +42,7 @@ class CNN(nn.Sequential):
         for count in channels:
             layers.append(nn.Conv2d(depth, count, kernel_size, padding="same"))
             if normalization is not None:
-                layers.append(_IMAGE_NORMALIZATIONS[normalization](count))
+                layers.append(IMAGE_NORMALIZATIONS[normalization](count))
             layers.append(ACTIVATIONS[activation]())
             if min(height, width) >= 2:
                 layers.append(nn.MaxPool2d(2))
@@ -113,56 +70,124 @@ class Standardized(nn.Module):
         return self.model((features - self.mean) / self.deviation)
 
 
+class Pixels(nn.Module):
+    """Turns uint8 pixels [rows, channels, height, width] into float32 of 0 to 1 before the model, flat rows for a model
+    by name, so that an exported model takes decoded images as they are."""
+
+    def __init__(self, model: nn.Module, flat: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.flat = flat
+
+    def forward(self, features: Tensor) -> Tensor:
+        scaled = features.to(self._dtype) / 255
+        return self.model(scaled.flatten(1) if self.flat else scaled)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters()), torch.float32)
+
+
 def build_model(
     config: ModelConfig,
     num_features: int | None,
     num_outputs: int,
     statistics: tuple[Tensor, Tensor] | None = None,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> nn.Module:
     """Build the model that the configuration names.
 
-    `statistics` are (mean, deviation), float32 [num_features] each, for a standardized model. Raises ConfigError for an
-    unknown name, or a factory's model that distrain cannot train.
+    `statistics` are (mean, deviation), float32 [num_features] each, for a standardized model; `image_shape` the
+    channels, height and width of encoded images. Raises ConfigError for an unknown name, features that do not fit, or a
+    factory's model that distrain cannot train.
     """
-    model = _from_factory(config) if config.factory is not None else _by_name(config, num_features, num_outputs)
+    if config.factory is not None:
+        model = _from_factory(config)
+    else:
+        model = _by_name(config, num_features, num_outputs, image_shape)
+    if image_shape is not None:
+        model = Pixels(model, flat=config.factory is None)
     if statistics is not None:
         model = Standardized(model, *statistics)
     return model
 
 
-def _by_name(config: ModelConfig, num_features: int | None, num_outputs: int) -> nn.Module:
-    if num_features is None:
-        raise ConfigError('model.name: with data.transform, give the model as model.factory: "module:function"')
+def check_features(config: ModelConfig, num_features: int | None, image_shape: tuple[int, int, int] | None) -> None:
+    """Raise ConfigError where a model by name cannot take such features, or has parts of unknown names."""
+    if config.factory is not None:
+        return
     if config.activation not in ACTIVATIONS:
         raise ConfigError(
             f"model.activation: no activation {config.activation!r}{_did_you_mean(config.activation, ACTIVATIONS)}; "
             f"there are {', '.join(ACTIVATIONS)}"
         )
+    if config.initialization is not None:
+        _initializer(config.initialization)
+    if config.name == "text":
+        return
+    if num_features is None:
+        raise ConfigError('model.name: with data.transform, give the model as model.factory: "module:function"')
+    wanted = config.image_shape
+    if config.name != "cnn":
+        return
+    if wanted is None and image_shape is None:
+        raise ConfigError("model: cnn needs image_shape: [channels, height, width]")
+    if wanted is not None and image_shape is not None and tuple(wanted) != image_shape:
+        raise ConfigError(f"model.image_shape: {_by(wanted)}, and the first image of the data is {_by(image_shape)}")
+    if wanted is not None and math.prod(wanted) != num_features:
+        raise ConfigError(
+            f"model.image_shape: {_by(wanted)} is {math.prod(wanted)} values, and a row has {num_features} features"
+        )
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _by_name(
+    config: ModelConfig, num_features: int | None, num_outputs: int, image_shape: tuple[int, int, int] | None
+) -> nn.Module:
+    check_features(config, num_features, image_shape)
     model: nn.Module
-    if config.name in ("linear", "logistic"):
-        model = nn.Linear(num_features, num_outputs)
-    elif config.name == "cnn":
-        assert config.image_shape is not None
-        if math.prod(config.image_shape) != num_features:
-            raise ConfigError(
-                f"model.image_shape: {' x '.join(map(str, config.image_shape))} is {math.prod(config.image_shape)} "
-                f"values, and a row has {num_features} features"
-            )
-        model = CNN(config.image_shape, config.channels, config.kernel_size, config.hidden, num_outputs,
-                    config.activation, config.dropout, config.normalization)  # fmt: skip
+    if config.name == "text":
+        model = build_text(config, num_outputs)
     else:
-        model = MLP(num_features, config.hidden, num_outputs, config.activation, config.dropout, config.normalization)
+        assert num_features is not None
+        if config.name in ("linear", "logistic"):
+            model = nn.Linear(num_features, num_outputs)
+        elif config.name == "cnn":
+            model = CNN(config.image_shape or list(image_shape or ()), config.channels, config.kernel_size,
+                        config.hidden, num_outputs, config.activation, config.dropout,
+                        config.normalization)  # fmt: skip
+        else:
+            model = MLP(num_features, config.hidden, num_outputs, config.activation, config.dropout,
+                        config.normalization)  # fmt: skip
     if config.initialization is not None:
         initialize(model, config.initialization)
     return model
 
 
 def initialize(model: nn.Module, name: str) -> None:
-    """Fill the weights of linear and convolution layers as torch.nn.init has it, and their biases with 0.
+    """Fill the weights of linear, convolution and attention layers as torch.nn.init has it, and their biases with 0.
 
     "he" stands for torch's "kaiming": he_normal, he_uniform; a bare "he", "xavier" or "kaiming" for its normal form.
     Raises ConfigError for another name.
     """
+    fill = _initializer(name)
+    for module in model.modules():
+        weight: Tensor | None = None
+        bias: Tensor | None = None
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            weight, bias = module.weight, module.bias
+        elif isinstance(module, nn.MultiheadAttention):
+            weight, bias = module.in_proj_weight, module.in_proj_bias
+        if weight is not None:
+            fill(weight)
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+
+def _initializer(name: str) -> Callable[[Tensor], Tensor]:
     found = {"he": "kaiming_normal", "kaiming": "kaiming_normal", "xavier": "xavier_normal", "glorot": "xavier_normal"}
     known = found.get(name, name.replace("he_", "kaiming_").replace("glorot_", "xavier_"))
     names = [key.removesuffix("_") for key in vars(nn.init) if key.endswith("_") and not key.startswith("_")]
@@ -172,12 +197,7 @@ def initialize(model: nn.Module, name: str) -> None:
             f"model.initialization: torch.nn.init has no {name!r}{_did_you_mean(name, names)}; there are "
             f"{', '.join(names)}"
         )
-    fill = getattr(nn.init, f"{known}_")
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            fill(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    return getattr(nn.init, f"{known}_")
 
 
 _NOT_FOR_MATRICES = {"constant", "dirac", "eye", "sparse"}  # which need a value, or other shapes

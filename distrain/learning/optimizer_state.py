@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,30 @@ def unpack_optimizer(
         raise CheckpointError(
             f"the checkpoint's optimizer state does not fit {type(optimizer).__name__} over this model: {error}"
         ) from error
+
+
+def merge_optimizers(
+    parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Any]]],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put the states of optimizers together that were each stepped for other parameters of the same groups."""
+    tensors: dict[str, Tensor] = {}
+    state: list[Any] = []
+    groups: Any = None
+    for some, scalars in parts:
+        tensors.update(some)
+        state += scalars["state"]
+        groups = scalars["param_groups"] if groups is None else groups
+    return tensors, {"state": sorted(state, key=lambda entry: entry[0]), "param_groups": groups}
+
+
+def optimizer_of(
+    indices: Container[int], tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of only those parameters, which are counted through all groups."""
+    state = [entry for entry in scalars["state"] if entry[0] in indices]
+    numbers = {str(index) for index, _ in state}
+    kept = {n: t for n, t in tensors.items() if n.startswith("group") or n.partition(".")[0] in numbers}
+    return kept, {**scalars, "state": state}
 
 
 def _take(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

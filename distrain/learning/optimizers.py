@@ -19,7 +19,7 @@ _REFUSED = {
     "Optimizer": "it is the base class",
 }
 _OURS = {"self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def optimizer_names() -> list[str]:
@@ -87,7 +87,7 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
 def is_spared(model: nn.Module) -> Callable[[str, Tensor], bool]:
     """Tells which parameters (name, parameter) go without weight decay and penalties: biases, and all of normalization
     layers."""
-    of_norms = {id(p) for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters()}
+    of_norms = {id(p) for module in model.modules() if isinstance(module, NORMALIZATIONS) for p in module.parameters()}
     return lambda name, p: id(p) in of_norms or name.rpartition(".")[2].startswith("bias")
 
 

@@ -107,6 +107,8 @@ def check_schedule(config: ScheduleConfig | None) -> list[tuple[str, str]]:
     names = schedule_names()
     if name not in names:
         return [("schedule.name", f"torch.optim.lr_scheduler has no schedule {name!r}{did_you_mean(name, names)}")]
+    if name == "OneCycleLR" and not {"total_steps", "steps_per_epoch"} & config.options.keys():
+        return [("schedule.total_steps", f"missing: torch.optim.lr_scheduler.{name} needs the number of updates")]
     kind = getattr(lr_scheduler, name)
     signature = inspect.signature(kind).parameters
     known = {*signature, *ScheduleConfig.model_fields} - {"optimizer", "last_epoch"}

@@ -16,7 +16,8 @@ from distrain.learning.models import build_model
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """All it takes to build a task anywhere. `num_features` is None with a transform."""
+    """All it takes to build a task anywhere. `num_features` is None with a transform and for rows of different length;
+    `image_shape` is that of encoded images."""
 
     model: ModelConfig
     loss: LossConfig
@@ -24,6 +25,7 @@ class TaskSpec:
     num_outputs: int
     standardize: bool
     seed: int
+    image_shape: tuple[int, int, int] | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -60,7 +62,7 @@ def build_task(spec: TaskSpec, statistics: Statistics | None = None) -> Task:
             assert spec.num_features is not None
             scaling = torch.zeros(spec.num_features), torch.ones(spec.num_features)
     torch.manual_seed(spec.seed)
-    model = build_model(spec.model, spec.num_features, spec.num_outputs, scaling)
+    model = build_model(spec.model, spec.num_features, spec.num_outputs, scaling, spec.image_shape)
     class_weights: Tensor | None = None
     if spec.num_classes is not None:
         class_weights = statistics.balanced_weights if statistics is not None else torch.ones(spec.num_classes)

@@ -12,7 +12,7 @@ import pytest
 from distrain.config import DataConfig, LossConfig, ModelConfig
 from distrain.data.dataset import Dataset, open_dataset
 from distrain.errors import ConfigError, DataError
-from distrain.learning.fit import check_shapes, num_outputs
+from distrain.learning.fit import check_task, num_outputs
 from distrain.learning.task import TaskSpec, build_task
 
 
@@ -45,8 +45,8 @@ def test_outputs_that_do_not_match_the_label_are_said_with_both_shapes(tmp_path:
     rows = dataset(tmp_path, np.linspace(0, 1, 9))
     spec = TaskSpec(ModelConfig(name="linear"), LossConfig(name="huber"), 2, 3, False, 0)
     with pytest.raises(ConfigError, match=r"the model gives \(2, 3\) where the label is \(2,\)"):
-        check_shapes(build_task(spec), rows)
-    check_shapes(build_task(TaskSpec(ModelConfig(name="linear"), LossConfig(name="huber"), 2, 1, False, 0)), rows)
+        check_task(build_task(spec), rows, 1)
+    check_task(build_task(TaskSpec(ModelConfig(name="linear"), LossConfig(name="huber"), 2, 1, False, 0)), rows, 1)
 
 
 def test_a_weight_column_is_no_feature_and_is_checked(tmp_path: Path):
@@ -62,3 +62,24 @@ def test_a_weight_column_is_no_feature_and_is_checked(tmp_path: Path):
     bad = open_dataset(str(tmp_path / "rows.parquet"), DataConfig(train="-", label="label", weight="w"))
     with pytest.raises(DataError, match=r"column 'w', row 1: a weight of -0\.5; weights are 0 or more"):
         next(bad.read(0, 0, 2))
+
+
+def test_outputs_and_labels_of_a_loss_without_classes_are_compared_before_anything_starts(tmp_path: Path):
+    rows = dataset(tmp_path, np.linspace(0, 1, 9))
+    with pytest.raises(
+        ConfigError, match=r"the model gives \[rows, 3\] where the label is \[rows\]: mse takes one output"
+    ):
+        num_outputs(ModelConfig(outputs=3), LossConfig(name="mse"), rows)
+    assert num_outputs(ModelConfig(outputs=1), LossConfig(name="mse"), rows) == 1
+    rows = dataset(tmp_path, np.arange(9) % 3)
+    with pytest.raises(
+        DataError, match=r"row group 0, column 'label': label 2 is out of range: binary_focal takes labels in \[0, 1\]"
+    ):
+        num_outputs(ModelConfig(), LossConfig(name="binary_focal"), rows)
+
+
+def test_rows_that_are_all_ignored_are_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="label -100 is out of range: cross_entropy over 3 classes"):
+        num_outputs(ModelConfig(outputs=3), LossConfig(name="cross_entropy"), dataset(tmp_path, np.full(9, -100)))
+    with pytest.raises(ConfigError, match="class_weights are all 0: no row would count"):
+        LossConfig(name="cross_entropy", class_weights=[0.0, 0.0])

@@ -9,7 +9,8 @@ from torch import nn
 
 from distrain.config import ModelConfig, TrainConfig
 from distrain.errors import ConfigError
-from distrain.learning.models import ACTIVATIONS, build_model, initialize
+from distrain.learning.layers import ACTIVATIONS
+from distrain.learning.models import build_model, initialize
 
 
 def build(num_features: int = 64, num_outputs: int = 3, **config) -> nn.Module:

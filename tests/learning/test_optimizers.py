@@ -110,6 +110,7 @@ def test_warm_up_rises_linearly_to_the_rate():
         ({"name": "LambdaLR"}, "LambdaLR cannot be used: it needs a Python function"),
         ({"name": "StepLR", "step": 3}, "schedule.step: torch.optim.lr_scheduler.StepLR has no such keyword"),
         ({"name": "StepLR"}, "schedule.step_size: missing"),
+        ({"name": "OneCycleLR", "max_lr": 0.1}, "schedule.total_steps: missing: .*OneCycleLR needs the number of upd"),
         ({"T_max": 3}, "schedule.T_max: a keyword of a schedule, but schedule.name names none"),
     ],
 )

@@ -1,0 +1,29 @@
+"""Averaged weights: an exponential moving average over the updates (Polyak and Juditsky 1992; as an EMA:
+Morales-Brotons et al. 2024, "Exponential Moving Average of Weights in Deep Learning")."""
+
+from __future__ import annotations
+
+from distrain.config import AveragingConfig
+from distrain.exchange.memory import Layout, Published
+
+
+class AveragedWeights:
+    """The moving average of a published vector: parameters and floating-point buffers; counters are the current ones.
+
+    After update n (from 1) the average moves by 1 - d of its distance to the weights, d = min(decay, (1 + n) / (10 +
+    n)), so that the first weights do not weigh on it for long (tf.train.ExponentialMovingAverage's `num_updates`).
+    """
+
+    def __init__(self, layout: Layout, current: Published, config: AveragingConfig) -> None:
+        self._current, self._decay = current, config.decay
+        self.published = Published(layout)
+        self.published.copy_from(current)
+
+    def decay(self, step: int) -> float:
+        """d of update `step`, counted from 1."""
+        return min(self._decay, (1 + step) / (10 + step))
+
+    def update(self, step: int) -> None:
+        """Take in the weights after update `step`, counted from 1."""
+        self.published.floats.lerp_(self._current.floats, 1.0 - self.decay(step))
+        self.published.ints.copy_(self._current.ints)
