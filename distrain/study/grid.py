@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,25 +68,25 @@ def parse_target(option: str) -> str:
 def expand(
     grid: Mapping[str, Sequence[Any]],
     scale_lr: Literal["linear", "sqrt", "none"] = "none",
-    base_batch_size: int = 1,
-    base_lr: float = 1.0,
+    base_batch_size: int | Literal["full"] = 1,
 ) -> list[GridPoint]:
     """Every combination, the last key varying fastest.
 
-    `scale_lr` makes `optimizer.lr` follow `batch_size` from its base (linear: Goyal et al. 2017; sqrt: Krizhevsky
-    2014), unless the grid gives learning rates itself, which raises ConfigError.
+    `scale_lr` becomes each point's `optimizer.scale_lr`, from the base on, unless the grid gives learning rates itself,
+    which raises ConfigError.
     """
     if not grid:
         raise ConfigError("there is nothing to sweep: give --grid key=value,value or the configuration's sweep.grid")
     if scale_lr != "none" and "optimizer.lr" in grid:
         raise ConfigError("the grid gives optimizer.lr, and scale_lr would change it: leave one of them out")
+    if scale_lr != "none" and base_batch_size == "full":
+        raise ConfigError("scale_lr needs a batch_size in rows to begin from, and the configuration's is full")
     points = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         overrides = [f"{key}={_scalar(value)}" for key, value in values.items()]
         if scale_lr != "none" and "batch_size" in values:
-            ratio = values["batch_size"] / base_batch_size
-            overrides.append(f"optimizer.lr={base_lr * (ratio if scale_lr == 'linear' else math.sqrt(ratio)):.6g}")
+            overrides += [f"optimizer.scale_lr={scale_lr}", f"optimizer.base_batch_size={base_batch_size}"]
         points.append(GridPoint(values, tuple(overrides)))
     names = [point.name for point in points]
     if len(set(names)) < len(names):

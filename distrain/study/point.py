@@ -57,6 +57,7 @@ class Point:
     moments: list[Moment] = field(default_factory=list)
     losses: list[tuple[int, int, float, float]] = field(default_factory=list)  # step, samples, seconds, training loss
     blocks: list[tuple[float, ...]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)  # the run's, as --json prints it
 
     @property
     def is_finished(self) -> bool:

@@ -30,6 +30,7 @@ from scipy.optimize import nnls
 
 from distrain.study.point import Point
 
+_LEAST_S = 1e-12  # less is a difference's rounding, and no time
 _RESAMPLES = 200
 _SEED = 0
 
@@ -144,7 +145,7 @@ def _fit(settings: Sequence[Setting], means: Sequence[NDArray[np.float64]]) -> S
 
 def _solve(columns: Sequence[NDArray[np.float64]], values: NDArray[np.float64]) -> list[float]:
     """Non-negative coefficients whose relative errors are least; 0 where there is nothing to fit."""
-    keep = values > 0
+    keep = values > _LEAST_S
     if not keep.any():
         return [0.0] * len(columns)
     design = np.stack([column[keep] / values[keep] for column in columns], axis=1)

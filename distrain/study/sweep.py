@@ -48,8 +48,12 @@ class Sweep:
             raise ConfigError(
                 "there is nothing to sweep: give --grid key=value,value or the configuration's sweep.grid"
             )
+        if "://" in config.checkpoint.dir:
+            raise ConfigError(
+                f"checkpoint.dir: a sweep keeps its record and report in a local folder, not in {config.checkpoint.dir}"
+            )
         self._config, self._grid, self._scale_lr = config, sweep.grid, sweep.scale_lr
-        self._points = expand(sweep.grid, sweep.scale_lr, config.batch_size, config.optimizer.lr)
+        self._points = expand(sweep.grid, sweep.scale_lr, config.batch_size)
         self.name = name or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.checkpoint.dir, self.name)
         self._configs = self._point_configs()
@@ -79,7 +83,6 @@ class Sweep:
         with StopSignals(self.stop) as signals:
             most = max((config.workers for config in self._configs.values()), key=lambda workers: workers.count)
             cluster = Cluster(self._config.cluster.address, most)
-            signals.install()  # Ray has installed its own
             try:
                 cores = float(os.cpu_count() or 1) if cluster.is_local else cluster.resources.there_cpus
                 self._study.num_cores = cores
@@ -238,7 +241,7 @@ def _point(point: GridPoint, config: TrainConfig, result: Result, watch: PointWa
         reason=result.reason,
         run_name=result.run_name,
         run_id=result.run_id,
-        batch_size=config.batch_size,
+        batch_size=watch.info.batch_size if watch.info is not None else 0,
         workers=config.workers.count,
         shards=config.resolved_shards,
         num_bytes=4 * watch.info.num_parameters if watch.info is not None else 0,
@@ -255,4 +258,5 @@ def _point(point: GridPoint, config: TrainConfig, result: Result, watch: PointWa
         moments=watch.moments,
         losses=watch.losses(),
         blocks=watch.blocks(),
+        result=result.to_json(),
     )

@@ -43,8 +43,10 @@ def test_points_are_every_combination_and_their_overrides_are_understood():
 
 @given(st.integers(1, 4096), st.sampled_from(["linear", "sqrt"]))
 def test_the_learning_rate_follows_the_batch_size(size: int, how: str):
-    [point] = expand({"batch_size": [size]}, how, base_batch_size=64, base_lr=0.01)  # type: ignore[arg-type]
-    lr = float(point.overrides[-1].partition("=")[2])
+    [point] = expand({"batch_size": [size]}, how, base_batch_size=64)  # type: ignore[arg-type]
+    values = {"data": {"train": "rows", "label": "y"}, "optimizer": {"lr": 0.01}, "shards": 1}
+    config = TrainConfig.from_mapping(values, point.overrides)
+    lr = config.optimizer.scaled(config.step_rows(10_000)).lr
     assert lr == pytest.approx(0.01 * (size / 64) ** (1 if how == "linear" else 0.5), rel=1e-5)
 
 

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distrain.config import OptimizerConfig
@@ -30,6 +30,7 @@ def measured(model: StepTime, setting: Setting) -> Point:
 
 @settings(max_examples=30, deadline=None)
 @given(MODELS)
+@example(StepTime(0.0, 1e-3, 2e-313, 0.0, 0.0, 0.0, 0.0))
 def test_times_that_follow_the_model_are_predicted_at_counts_not_measured(model: StepTime):
     seen = [Setting(w, b, 8, 4000) for w in (1, 2, 4) for b in (64, 256)]
     fit = StepTimeFit([measured(model, setting) for setting in seen])
@@ -62,9 +63,9 @@ def test_nothing_measured_is_said():
 class Accelerator(Worker):
     """Takes 20 ms for a microbatch and 4 ms for each row, however many others there are."""
 
-    def _gradient(self, batch, *arguments):
-        time.sleep(0.02 + 0.004 * len(batch["label"]))
-        return super()._gradient(batch, *arguments)
+    def _gradient(self, pieces, step, shard, free):
+        time.sleep(0.02 + 0.004 * self._train.plan.num_rows_of(step, shard))
+        return super()._gradient(pieces, step, shard, free)
 
 
 def accelerated(workers: int) -> Point:

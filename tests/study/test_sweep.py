@@ -65,7 +65,7 @@ def test_the_learning_rate_was_scaled(folder: Path):
     study = Study.load(folder / "checkpoints" / "grid")
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     rates = {
-        p.batch_size: float(client.get_run(str(p.run_id)).data.params["optimizer.lr"])
+        p.batch_size: float(client.get_run(str(p.run_id)).data.metrics["train/lr"])
         for p in study.points
         if p.is_finished
     }
@@ -126,7 +126,7 @@ def test_the_plan_foretells_other_worker_counts(folder: Path):
 
 
 def test_a_grid_that_cannot_run_is_refused_before_anything_starts(tmp_path: Path):
-    write_job(tmp_path, shards=None)
+    write_job(tmp_path, shards=None, server={"mode": "async"})
     done = sweep(tmp_path, "--grid", "batch_size=1,2", "--grid", "workers.count=2,4")
     assert done.code == 2
     assert [line for line in done.stderr.splitlines() if "batch_size is" in line] and not (
@@ -156,6 +156,12 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path):
 def test_the_configuration_needs_a_grid():
     with pytest.raises(ConfigError, match="nothing to sweep"):
         Sweep(TrainConfig(data={"train": "rows", "label": "y"}))
+
+
+def test_a_sweep_is_kept_in_a_local_folder():
+    keys = {"data": {"train": "rows", "label": "y"}, "sweep": {"grid": {"seed": [1, 2]}}}
+    with pytest.raises(ConfigError, match=r"checkpoint.dir: a sweep keeps .* in a local folder, not in s3://runs"):
+        Sweep(TrainConfig(**keys, checkpoint={"dir": "s3://runs"}))
 
 
 def test_points_run_side_by_side_where_there_are_cores(tmp_path: Path):
