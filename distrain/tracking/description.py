@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -44,8 +45,12 @@ class ModelInput:
 
     Several columns hold one number each; a single column may hold lists. `columns` empty: one column of the input's
     name, whose cells are (nested) lists. `example` is [rows, ...], one row or more.
+
+    `form` says what the cells are: "dense", numbers or lists of one length; "ragged", lists of any length, padded to
+    the longest; "mask", no column of its own but where the ragged input has values; "image", encoded images.
     """
 
     name: str  # "features" alone is passed by position, others by name
     example: Tensor
     columns: tuple[Column, ...] = ()
+    form: Literal["dense", "ragged", "mask", "image"] = "dense"

@@ -22,14 +22,14 @@ class ExportFailed(Exception):
 def export_model(module: nn.Module, inputs: Sequence[ModelInput], folder: Path) -> Tensor:
     """Write PROGRAM and INPUTS into `folder`. Returns the outputs for the examples, [rows, ...].
 
-    The graph is that of evaluation mode, for any number of rows. `module` is left in the mode it was in.
+    The graph is that of evaluation mode, for any number of rows, and any length of ragged ones. `module` is left in the
+    mode it was in.
 
     Raises ExportFailed.
     """
-    # Two rows at least: torch.export takes a size of one for a constant.
-    examples = {i.name: torch.cat([i.example, i.example]) if len(i.example) < 2 else i.example for i in inputs}
-    rows = torch.export.Dim("rows")
-    shapes = {name: {0: rows} for name in examples}
+    examples = {i.name: _large_enough(i) for i in inputs}
+    rows, width = torch.export.Dim("rows"), torch.export.Dim("width")
+    shapes = {i.name: {0: rows, 1: width} if i.form in ("ragged", "mask") else {0: rows} for i in inputs}
     was_training = module.training
     module.eval()
     try:
@@ -56,8 +56,20 @@ def export_model(module: nn.Module, inputs: Sequence[ModelInput], folder: Path) 
             "columns": [name for name, _ in i.columns] or [i.name],
             "dtype": str(i.example.dtype).removeprefix("torch."),
             "shape": list(i.example.shape[1:]),
+            "form": i.form,
         }
         for i in inputs
     ]
     (folder / INPUTS).write_text(json.dumps(described))
     return outputs[: max(len(i.example) for i in inputs)]
+
+
+def _large_enough(model_input: ModelInput) -> Tensor:
+    """The example with two rows at least, and two values in ragged ones: torch.export takes a size of one for a
+    constant."""
+    example = model_input.example
+    if len(example) < 2:
+        example = torch.cat([example, example])
+    if model_input.form in ("ragged", "mask") and example.shape[1] < 2:
+        example = torch.cat([example, torch.zeros_like(example)], 1)
+    return example

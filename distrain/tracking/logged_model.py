@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from mlflow.entities import LoggedModel
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from mlflow.types.schema import AnyType, Array
+from PIL import Image
 from torch import Tensor
 
 from distrain.tracking.description import Column, ModelInput
@@ -39,7 +41,7 @@ def save_model(folder: Path, logged: LoggedModel, run_id: str, inputs: Sequence[
             artifacts={"program": str(folder / PROGRAM), "inputs": str(folder / INPUTS)},
             signature=_signature(inputs, outputs),
             input_example=_input_example(inputs),
-            pip_requirements=_requirements(),  # else MLflow loads the model in a process of its own to find out
+            pip_requirements=_requirements(inputs),  # else MLflow loads the model in a process of its own to find out
         )
     return path
 
@@ -53,12 +55,14 @@ def mlflow_type(arrow: str) -> DataType | Array | AnyType:
         return element if isinstance(element, AnyType) else Array(element)
     if re.fullmatch(r"u?int(8|16|32)|int64", arrow):
         return DataType.long
-    return {"bool": DataType.boolean, "halffloat": DataType.double, "float": DataType.double,
+    return {"bool": DataType.boolean, "binary": DataType.binary, "large_binary": DataType.binary,
+            "halffloat": DataType.double, "float": DataType.double,
             "double": DataType.double, "string": DataType.string}.get(arrow, AnyType())  # fmt: skip
 
 
 def _columns(model_input: ModelInput) -> Sequence[Column]:
-    return model_input.columns or ((model_input.name, ""),)
+    """The DataFrame's columns that an input is made of; a mask has none of its own."""
+    return () if model_input.form == "mask" else model_input.columns or ((model_input.name, ""),)
 
 
 def _signature(inputs: Sequence[ModelInput], outputs: Tensor) -> ModelSignature:
@@ -75,6 +79,9 @@ def _input_example(inputs: Sequence[ModelInput]) -> pd.DataFrame:
     columns: dict[str, object] = {}
     for each in inputs:
         rows = each.example[:_EXAMPLE_ROWS].numpy()
+        if each.form == "image":
+            columns[each.columns[0][0]] = [_encoded(pixels) for pixels in rows]
+            continue
         for i, (name, kind) in enumerate(_columns(each)):
             kind_there = mlflow_type(kind)
             if isinstance(kind_there, DataType):
@@ -85,5 +92,13 @@ def _input_example(inputs: Sequence[ModelInput]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _requirements() -> list[str]:
-    return [f"{name}=={version(name).partition('+')[0]}" for name in ("mlflow", "torch", "numpy", "pandas")]
+def _encoded(pixels: np.ndarray) -> bytes:
+    """uint8 [channels, height, width] -> a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _requirements(inputs: Sequence[ModelInput]) -> list[str]:
+    names = ["mlflow", "torch", "numpy", "pandas", *(["pillow"] if any(i.form == "image" for i in inputs) else [])]
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]

@@ -2,10 +2,11 @@
 that copy; so it imports nothing of distrain, and nothing imports it.
 
 predict(DataFrame of the feature columns) returns the model's raw outputs as float32 [rows, outputs]: logits of the
-classes for cross-entropy, of the labels for binary cross-entropy, values for mse. A feature column holds numbers, or
-lists or arrays of them; columns that are no features are ignored.
+classes for cross-entropy, of the labels for binary cross-entropy, values for mse. A feature column holds numbers, lists
+or arrays of them, or encoded images as bytes; columns that are no features are ignored.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -26,11 +27,22 @@ class ExportedModel(PythonModel):
         self._inputs = json.loads(Path(context.artifacts["inputs"]).read_text())
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict | None = None) -> np.ndarray:
-        inputs = {each["name"]: torch.tensor(_to_array(model_input, each)) for each in self._inputs}
-        parts = zip(*(tensor.split(_ROWS) for tensor in inputs.values()), strict=True)
+        parts = [model_input[first : first + _ROWS] for first in range(0, max(1, len(model_input)), _ROWS)]
         with torch.inference_mode():
-            outputs = torch.cat([self._forward(dict(zip(inputs, part, strict=True))) for part in parts])
+            outputs = torch.cat([self._forward(self._tensors(part)) for part in parts])
         return outputs.reshape(len(outputs), -1).numpy() if outputs.ndim < 2 else outputs.numpy()
+
+    def _tensors(self, frame: pd.DataFrame) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for each in self._inputs:
+            form = each.get("form", "dense")
+            if form == "ragged":
+                tensors[each["name"]], tensors["mask"] = _to_padded(frame, each)
+            elif form == "image":
+                tensors[each["name"]] = torch.from_numpy(_to_pixels(frame, each))
+            elif form == "dense":
+                tensors[each["name"]] = torch.tensor(_to_array(frame, each))
+        return tensors
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if list(inputs) == ["features"]:
@@ -53,6 +65,35 @@ def _to_array(frame: pd.DataFrame, described: dict) -> np.ndarray:
                 raise ValueError(f"column {columns[0]}, row {row}: {cell.size} values where the model takes {size}")
         array = np.stack(cells) if cells else np.empty(0, dtype)
     return array.reshape(len(frame), *shape)
+
+
+def _to_padded(frame: pd.DataFrame, described: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input's lists, padded with zeros to the longest, and the mask of where they have values."""
+    cells = [torch.tensor(_cell_to_array(cell, described["dtype"])) for cell in frame[described["columns"][0]]]
+    lengths = torch.tensor([len(cell) for cell in cells], dtype=torch.int64)
+    width = max(1, int(lengths.max()) if cells else 1)
+    padded = torch.zeros(len(cells), width, dtype=getattr(torch, described["dtype"]))
+    for row, cell in zip(padded, cells, strict=True):
+        row[: len(cell)] = cell
+    return padded, torch.arange(width) < lengths[:, None]
+
+
+def _to_pixels(frame: pd.DataFrame, described: dict) -> np.ndarray:
+    """The input's encoded images as uint8 [rows, channels, height, width]. Raises ValueError where one has another
+    shape."""
+    from PIL import Image  # only for models that take images
+
+    (name,), shape = described["columns"], tuple(described["shape"])
+    as_mode = {"1": "L", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}  # as in training
+    pixels = np.empty((len(frame), *shape), np.uint8)
+    for row, content in enumerate(frame[name]):
+        with Image.open(io.BytesIO(content)) as image:
+            array = np.asarray(image.convert(as_mode[image.mode]) if image.mode in as_mode else image)
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        if array.shape != shape:
+            raise ValueError(f"column {name}, row {row}: an image of {array.shape} where the model takes {shape}")
+        pixels[row] = array
+    return pixels
 
 
 def _cell_to_array(cell: object, dtype: str) -> np.ndarray:

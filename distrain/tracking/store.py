@@ -192,10 +192,15 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status)
 
 
+def open_run(uri: str, run_id: str) -> MlflowRun:
+    """A run that is there, by its MLflow id."""
+    client = MlflowClient(uri, registry_uri=uri)
+    return MlflowRun(client, client.get_run(run_id))
+
+
 def read_artifact(uri: str, run_id: str, name: str) -> str:
     """A run's artifact, as text; empty when there is none."""
-    client = MlflowClient(uri, registry_uri=uri)
-    return MlflowRun(client, client.get_run(run_id)).read_text(name)
+    return open_run(uri, run_id).read_text(name)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from distrain.records import StepRecord, ValidationRecord
 from distrain.step_sums import StepSums
 
-_DETAILED_STEPS = 1000  # at the start every step is worth a point
 _MEAN_MS = 500
+_SHARE = 0.01  # of the time since the first step: so long may a mean be that is to look like a point on the curve
 _MAX_WAITING = 20_000  # groups not yet drained; beyond, neighbours are merged
 
 
@@ -41,6 +41,9 @@ def step_speed_points(steps: StepSums) -> list[Point]:
     }
     if steps.dropped:
         values["ps/dropped"] = steps.dropped / n  # microbatches that came too late for the quorum
+    if steps.loss_scale is not None:
+        values["train/loss_scale"] = steps.loss_scale
+        values["ps/overflowed"] = steps.num_overflowed / n  # updates left out, since a gradient overflowed in fp16
     if steps.noise_scale is not None:
         values["study/noise_scale"] = steps.noise_scale
     if steps.critical_batch_size is not None:
@@ -51,14 +54,26 @@ def step_speed_points(steps: StepSums) -> list[Point]:
 
 def step_learning_points(steps: StepSums) -> list[Point]:
     """The learning rate, the gradient's norm, the loss. The loss is last: where it was stored, all was."""
-    penalty = {"train/penalty": steps.penalty / steps.num_steps} if steps.penalty else {}
-    values = {
-        **penalty,
+    values = {"train/penalty": steps.penalty / steps.num_steps} if steps.penalty else {}
+    if steps.skipped_rows:
+        values["train/skipped_rows"] = float(steps.skipped_rows)
+    values |= {
         "train/lr": steps.lr,
-        "train/grad_norm": steps.grad_norm / steps.num_steps,
+        "train/grad_norm": steps.grad_norm / ((steps.num_steps - steps.num_overflowed) or math.nan),
         "train/loss": steps.loss,
     }
     return _points(values, steps)
+
+
+def layer_points(record: StepRecord) -> list[Point]:
+    """What was seen of each layer, at this very step."""
+    values = {
+        f"layer/{layer.name}/{name}": value
+        for layer in record.layers
+        for name in ("grad_norm", "update_ratio", "activation_norm", "dead_share")
+        if (value := getattr(layer, name)) is not None
+    }
+    return [Point(key, _finite(value), record.time_ms, record.step) for key, value in values.items()]
 
 
 def _points(values: dict[str, float], steps: StepSums) -> list[Point]:
@@ -72,31 +87,43 @@ def validation_points(record: ValidationRecord) -> list[Point]:
 
 
 class Thinner:
-    """Groups step records. `every_steps`: means over so many steps; None: every step's loss, gradient norm and learning
-    rate for the run's first 1000 steps, means over half a second for the rest.
+    """Groups step records. `every_steps`: means over so many steps; None: means of the loss, the gradient's norm and
+    the learning rate over a hundredth of the time since the first step, at most half a second, so that the first steps
+    have a point each.
 
     Speeds and times of single steps are mostly noise, and each point costs 0.2 ms of processor to store: with
     `every_steps` None they are means over half a second from the first step on.
     """
 
     def __init__(self, every_steps: int | None) -> None:
+        self._layers: list[Point] = []
+        self._first_ms: int | None = None  # time of the first step
         if every_steps is not None:
             self._learning = self._speed = _Series(lambda group, _: group.num_steps >= every_steps)
         else:
             self._speed = _Series(_half_a_second)
-            self._learning = _Series(lambda group, r: group.step <= _DETAILED_STEPS or _half_a_second(group, r))
+            self._learning = _Series(self._is_wide_enough)
 
     def add(self, record: StepRecord) -> None:
         """Take in the next step. Constant time."""
+        if self._first_ms is None:
+            self._first_ms = record.time_ms
         self._speed.add(record)
         if self._learning is not self._speed:
             self._learning.add(record)
+        if record.layers:
+            self._layers += layer_points(record)
+
+    def _is_wide_enough(self, group: StepSums, record: StepRecord) -> bool:
+        assert self._first_ms is not None
+        return record.time_ms - group.start_ms >= min(_MEAN_MS, _SHARE * (record.time_ms - self._first_ms))
 
     def drain(self, finish: bool = False) -> list[Point]:
         """The points finished since the last call; with `finish` also those of a group not yet full."""
         speed = self._speed.drain(finish)
         learning = speed if self._learning is self._speed else self._learning.drain(finish)
-        points = [point for group in speed for point in step_speed_points(group)]
+        layers, self._layers = self._layers[:_MAX_WAITING], []
+        points = layers + [point for group in speed for point in step_speed_points(group)]
         points += [point for group in learning for point in step_learning_points(group)]
         points.sort(key=lambda point: point.step)  # stable: within a step the loss stays last
         return points

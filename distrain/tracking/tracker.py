@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from distrain.errors import TrackingError
+from distrain.process import run_in_the_background
 from distrain.records import Event, StepRecord, ValidationRecord
 from distrain.tracking.description import ModelInput, RunDescription
 from distrain.tracking.environment import quiet_environment
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 _FLUSH_S = 2.0
 _RETRY_S = 15.0  # between attempts to open a store that did not
-_NICENESS = 19  # below Ray's workers, which run at 15
 
 
 class Tracker(Protocol):
@@ -60,7 +58,7 @@ class Tracker(Protocol):
 
     def artifact_file(self, path: str | Path) -> None: ...
 
-    def figure(self, name: str, figure: Figure) -> None: ...
+    def figure(self, name: str, draw: Callable[[], Figure]) -> None: ...
 
     def model(self, module: nn.Module, inputs: Sequence[ModelInput], step: int) -> None: ...
 
@@ -98,7 +96,7 @@ class NullTracker:
     def artifact_file(self, path: str | Path) -> None:
         pass
 
-    def figure(self, name: str, figure: Figure) -> None:
+    def figure(self, name: str, draw: Callable[[], Figure]) -> None:
         pass
 
     def model(self, module: nn.Module, inputs: Sequence[ModelInput], step: int) -> None:
@@ -195,9 +193,19 @@ class MlflowTracker:
         """Store a file as an artifact of its name. It must stay until `finish` has returned."""
         self._inbox.job(str(path), lambda run: run.log_file(Path(path)))
 
-    def figure(self, name: str, figure: Figure) -> None:
-        """Store a figure as an image of that name (heat.png)."""
-        self._inbox.job(name, lambda run: run.log_figure(name, figure))
+    def figure(self, name: str, draw: Callable[[], Figure]) -> None:
+        """Store what `draw` gives, when its turn comes, as an image of that name (heat.png). Where it raises, that is
+        said, and the image left out."""
+
+        def log(run: MlflowRun) -> None:
+            try:
+                figure = draw()
+            except Exception as error:  # the user's model may be part of it
+                self._notify(f"{name} is not in MLflow: {error}")
+            else:
+                run.log_figure(name, figure)
+
+        self._inbox.job(name, log)
 
     def model(self, module: nn.Module, inputs: Sequence[ModelInput], step: int) -> None:
         """Store the model, as of `step`, under the name "model", and register it where the settings say so.
@@ -229,8 +237,7 @@ class MlflowTracker:
 
     def _work(self) -> None:
         # Opening takes 3 to 5 s of processor, while Ray and the workers start, and each point 0.2 ms: they come first.
-        with suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        run_in_the_background()
         while (writer := self._try_to_open()) is None:
             if self._stop.wait(_RETRY_S):
                 return

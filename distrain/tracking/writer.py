@@ -28,6 +28,7 @@ class Writer:
         self._run, self._inbox, self._spool, self._notify = run, inbox, spool, notify
         self._jobs: list[Job] = []
         self._event_text, self._has_unwritten_events, self._events_at = "", False, 0.0
+        self._refused = 0  # pushes
         self._is_away, self._retry_at = False, 0.0
         self._last_step = self._last_validation = 0
         if resumed:
@@ -108,6 +109,9 @@ class Writer:
             at = datetime.fromtimestamp(event.time_ms / 1000, UTC).isoformat(timespec="milliseconds")
             self._event_text += f"{at} step {event.step} {event.kind}: {event.message}\n"
             self._has_unwritten_events = True
+            if event.kind == "refused":
+                self._refused += 1
+                points.append(Point("ps/refused", self._refused, event.time_ms, event.step))
             if event.seconds is not None:
                 points.append(Point("time/recovery_sec", event.seconds, event.time_ms, event.step))
         return points

@@ -22,22 +22,20 @@ def no_pickle(monkeypatch):
 
 
 @pytest.fixture
-def round_trip(store):
+def round_trip(store, monkeypatch):
     """Log a module and load it again: with mlflow.pyfunc, by the run's id."""
     import mlflow
 
     from distrain.tracking.store import MlflowRun
 
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
 
     def log_and_load(module, inputs, **more):
         run = MlflowRun.open(store, "models", RunDescription("", "0" * 64))
         run.log_model(module, inputs, 7, **more)
         return mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
 
-    yield log_and_load
-    mlflow.set_tracking_uri(before)
+    return log_and_load
 
 
 def mlp(num_features):
@@ -162,3 +160,44 @@ def test_what_cannot_be_exported_is_said_in_a_line(tmp_path, forward, told):
         export_model(module, [ModelInput("features", torch.rand(2, 4))], tmp_path)
     assert "\n" not in str(caught.value)
     assert module.training
+
+
+@pytest.mark.parametrize("encoder", ["bag", "transformer"])
+def test_lists_of_any_length(round_trip, encoder):
+    """Lists longer than those of the example too, and empty ones."""
+    from distrain.config import ModelConfig
+    from distrain.learning.models import build_model
+
+    torch.manual_seed(0)
+    config = ModelConfig(name="text", vocabulary=9, embedding=8, hidden=[4], encoder=encoder, dropout=0.1)
+    module = build_model(config, None, 3)
+    features, mask = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[True, True], [True, False]])
+    inputs = [ModelInput("features", features, (("tokens", "list<element: int32>"),), "ragged"),
+              ModelInput("mask", mask, form="mask")]  # fmt: skip
+    loaded = round_trip(module, inputs)
+    assert loaded.metadata.get_input_schema().input_names() == ["tokens"]
+    lists = [[1, 2, 3, 4, 5], [], [8], [7, 7]]
+    padded = torch.tensor([row + [0] * (5 - len(row)) for row in lists])
+    expected = outputs_of(module, padded, torch.arange(5) < torch.tensor([5, 0, 1, 2])[:, None])
+    for cells in (lists, [np.array(row, dtype="int64") for row in lists]):
+        predicted = loaded.predict(pd.DataFrame({"tokens": pd.Series(cells, dtype=object)}))
+        np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-6)
+    assert loaded.predict(pd.DataFrame({"tokens": [[4]]})).shape == (1, 3)
+    assert loaded.predict(loaded.input_example).shape == (2, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_encoded_images(round_trip, channels):
+    from distrain.config import ModelConfig
+    from distrain.learning.models import build_model
+    from distrain.tracking.logged_model import _encoded
+
+    module = build_model(ModelConfig(name="cnn", channels=[4], hidden=[5]), channels * 20, 3, None, (channels, 5, 4))
+    pixels = torch.randint(0, 256, (6, channels, 5, 4), dtype=torch.uint8)
+    loaded = round_trip(module, [ModelInput("features", pixels[:2], (("image", "binary"),), "image")])
+    frame = pd.DataFrame({"image": [_encoded(image.numpy()) for image in pixels]})
+    np.testing.assert_array_equal(loaded.predict(frame), outputs_of(module, pixels))
+    assert loaded.predict(loaded.input_example).shape == (2, 3)
+    other = pd.DataFrame({"image": [_encoded(np.zeros((channels, 4, 4), np.uint8))]})
+    with pytest.raises(ValueError, match="column image, row 0: an image of"):
+        loaded.predict(other)

@@ -30,10 +30,18 @@ def curve(points, key):
     return [(point.step, point.value) for point in points if point.key == key]
 
 
-def test_every_step_of_the_first_thousand_then_means_over_half_a_second():
-    steps = [number for number, _ in curve(thin(step(n) for n in range(1, 1501)), "train/loss")]
-    assert steps[:1000] == list(range(1, 1001))
-    assert steps[1000:] == [*range(1050, 1501, 50)]
+def test_every_step_at_first_then_means_over_a_hundredth_of_the_time_and_at_most_half_a_second():
+    steps = [number for number, _ in curve(thin(step(n) for n in range(1, 12_001)), "train/loss")]  # 10 ms each
+    assert steps[:100] == list(range(1, 101))
+    for before, after in pairwise(steps[:-1]):
+        assert (after - before) * 10 == pytest.approx(min(500, after * 10 / 100), abs=10 + 0.01 * 500)
+    assert {after - before for before, after in pairwise(steps[-100:-1])} == {50}  # the last one is cut short
+    assert len(steps) < 700
+
+
+def test_slow_steps_have_a_point_each():
+    records = [step(n, time_ms=START_MS + 600 * n) for n in range(1, 1001)]
+    assert [number for number, _ in curve(thin(records), "train/loss")] == list(range(1, 1001))
 
 
 def test_speeds_are_means_over_half_a_second_from_the_start():
@@ -95,3 +103,14 @@ def test_what_was_drained_does_not_come_again():
     assert {point.step for point in thinner.drain()} == {2}
     assert thinner.drain() == []
     assert {point.step for point in thinner.drain(finish=True)} == {3}
+
+
+def test_updates_that_overflowed_in_fp16_are_counted_and_have_no_gradient_norm():
+    overflow = {"loss_scale": 1024.0, "overflowed": True, "grad_norm": math.inf}
+    points = thin([step(1, **overflow), step(2, loss_scale=512.0), step(3, loss_scale=512.0)], every_steps=3)
+    assert curve(points, "train/loss_scale") == [(3, 512.0)]
+    assert curve(points, "ps/overflowed") == [(3, pytest.approx(1 / 3, rel=1e-5))]
+    assert curve(points, "train/grad_norm") == [(3, 2.0)]
+    [(_, norm)] = curve(thin([step(1, **overflow)], every_steps=1), "train/grad_norm")
+    assert math.isnan(norm)
+    assert not curve(thin([step(1)], every_steps=1), "train/loss_scale"), "nothing of it in fp32"

@@ -62,7 +62,7 @@ def test_a_run_in_a_database(store, client, tmp_path):
     tracker.artifact_text("notes/a.txt", "text")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     tracker.artifact_file(tmp_path / "model.safetensors")
-    tracker.figure("heat.png", Figure())
+    tracker.figure("heat.png", Figure)
     assert time.monotonic() - started < 0.5  # the store is still opening
     assert tracker.wait_ready() == tracker.run_id
     assert tracker.run_name == "a-name"
@@ -221,6 +221,18 @@ def test_a_model_that_cannot_be_exported_is_said(store, client):
     assert client(store).get_run(tracker.run_id).outputs.model_outputs == []
 
 
+def test_a_figure_that_cannot_be_drawn_is_said_and_holds_nothing_up(store, client):
+    def undrawable() -> Figure:
+        raise ValueError("the user's own words")
+
+    tracker, notes = track(store)
+    tracker.figure("graph.png", undrawable)
+    tracker.artifact_text("behind.txt", "text")
+    assert tracker.finish("FINISHED")
+    assert notes == ["graph.png is not in MLflow: the user's own words"]
+    assert {entry.path for entry in client(store).list_artifacts(tracker.run_id)} >= {"behind.txt"}
+
+
 def test_tracking_switched_off_does_nothing():
     tracker = make_tracker(TrackingConfig(enabled=False), DESCRIPTION)
     assert isinstance(tracker, NullTracker)
@@ -232,7 +244,7 @@ def test_tracking_switched_off_does_nothing():
     tracker.tag("a", "b")
     tracker.artifact_text("a", "b")
     tracker.artifact_file("a")
-    tracker.figure("a", Figure())
+    tracker.figure("a", Figure)
     tracker.model(torch.nn.Linear(1, 1), [], 1)
     assert tracker.finish("FINISHED")
     assert tracker.run_id is None
