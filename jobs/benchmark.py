@@ -24,10 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +32,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from distrain.data.synthetic import write_column_rows, write_list_rows  # noqa: E402
 from jobs.contenders.spec import Spec  # noqa: E402
 
 DATA = Path("benchmark-data")
@@ -46,9 +44,11 @@ TITLES = {
     "mlp784": "MLP 784-512-512-10, batch 128 a worker, one list column of 784 floats",
     "mlp32": "MLP 32-256-256-1, batch 1024 a worker, 32 float columns",
 }
-CONTENDERS = ("distrain", "ray_train", "ddp", "independent")
+CONTENDERS = ("distrain", "distrain_stale", "ray_train", "ddp", "independent")
+OURS = {"distrain": [], "distrain_stale": ["server.staleness=1"]}
 NAMES = {
     "distrain": "distrain",
+    "distrain_stale": "distrain with server.staleness=1",
     "ray_train": "Ray Train + Ray Data",
     "ddp": "DDP/gloo, hand-written pyarrow streaming",
     "independent": "two processes that never exchange anything",
@@ -58,38 +58,6 @@ GOALS = {
     "mlp32": {"ray_train": 3.0, "ddp": 1.3, "independent": 0.75},
 }
 GUESSED_RATE = {"mlp784": 25_000, "mlp32": 200_000}  # samples/s: how many steps fill the seconds asked for
-
-
-def make_list_rows(folder: Path, num_rows: int = 200_000, num_files: int = 4) -> None:
-    """One list column of 784 floats, and a class of 10 that depends on it."""
-    rng = np.random.default_rng(0)
-    directions = rng.normal(size=(784, 10)).astype(np.float32)
-    for number in range(num_files):
-        path = folder / f"part-{number}.parquet"
-        rows = num_rows // num_files
-        schema = pa.schema([("pixels", pa.list_(pa.float32())), ("label", pa.int64())])
-        with pq.ParquetWriter(path, schema) as writer:
-            for _ in range(rows // 10_000):
-                pixels = rng.normal(size=(10_000, 784)).astype(np.float32)
-                offsets = pa.array(np.arange(0, 10_001) * 784, pa.int32())
-                lists = pa.ListArray.from_arrays(offsets, pa.array(pixels.ravel()))
-                writer.write_table(pa.table([lists, pa.array((pixels @ directions).argmax(1))], schema=schema))
-
-
-def make_column_rows(folder: Path, num_rows: int = 4_000_000, num_files: int = 4) -> None:
-    """32 float columns, and a target that depends on them."""
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=32).astype(np.float32)
-    rows_of_file = num_rows // num_files
-    for number in range(num_files):
-        names = [*(f"f{i}" for i in range(32)), "y"]
-        schema = pa.schema([(name, pa.float32()) for name in names])
-        with pq.ParquetWriter(folder / f"part-{number}.parquet", schema) as writer:
-            for first in range(0, rows_of_file, 100_000):
-                rows = min(100_000, rows_of_file - first)
-                features = rng.normal(size=(rows, 32)).astype(np.float32)
-                columns = [*features.T, np.tanh(features @ weights).astype(np.float32)]
-                writer.write_table(pa.table([np.ascontiguousarray(c) for c in columns], schema=schema))
 
 
 def ensure(folder: Path, make: Any) -> None:
@@ -123,11 +91,12 @@ def job(spec: Spec, folder: Path, max_steps: int) -> Path:
     return path
 
 
-def run_distrain(model: str, spec: Spec) -> float:
+def run_distrain(model: str, spec: Spec, overrides: list[str]) -> float:
     """samples_per_second of the command line's JSON line."""
     steps = max(200, int(spec.seconds * GUESSED_RATE[model] / spec.batch_size / spec.num_workers))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "distrain.cli", "train", str(job(spec, Path(folder), steps)), "--json"]
+        path = job(spec, Path(folder), steps)
+        command = [sys.executable, "-m", "distrain.cli", "train", str(path), "--json", *overrides]
         return float(json.loads(_output(command).splitlines()[-1])["samples_per_second"])
 
 
@@ -186,11 +155,11 @@ def compare(models: list[str], only: list[str], seconds: float, repeats: int) ->
     """Every contender in turn, `repeats` times over."""
     rates: dict[str, Any] = {model: {name: [] for name in only} for model in models}
     for model in models:
-        ensure(Path(MODELS[model].folder), make_list_rows if model == "mlp784" else make_column_rows)
+        ensure(Path(MODELS[model].folder), write_list_rows if model == "mlp784" else write_column_rows)
         spec = replace(MODELS[model], seconds=seconds, folder=str(Path(MODELS[model].folder).absolute()))
         for repeat in range(repeats):
             for name in only:
-                rate = run_distrain(model, spec) if name == "distrain" else run_contender(name, spec)
+                rate = run_distrain(model, spec, OURS[name]) if name in OURS else run_contender(name, spec)
                 rates[model][name].append(rate)
                 click.echo(f"{model} {repeat + 1}/{repeats} {NAMES[name]}: {rate:,.0f} samples/s", err=True)
     return rates
@@ -225,7 +194,7 @@ def measure_memory(seconds: float) -> dict[str, int]:
     peaks = {}
     for rows, passes in ((1_000_000, 2), (10_000_000, 1)):
         folder = DATA / f"memory-{rows}"
-        ensure(folder, lambda partial, rows=rows: make_column_rows(partial, rows, num_files=2))
+        ensure(folder, lambda partial, rows=rows: write_column_rows(partial, rows, num_files=2))
         spec = replace(MODELS["mlp32"], folder=str(folder.absolute()), seconds=seconds)
         num_steps = passes * -(-rows // (spec.batch_size * spec.num_workers)) + 100
         peaks[rows] = peak_of_worker(spec, num_steps)

@@ -1,0 +1,182 @@
+"""What a step's exchange costs between hosts: distrain, with slices and bfloat16 on the wire, beside DDP over gloo.
+
+    python jobs/hosts_benchmark.py run 10.0.0.1 10.0.0.2 10.0.0.3 --launch "ssh {host} cd distrain && {command}"
+
+starts one process a host by the command of `--launch`, in which {host} is an address, {number} its place from 1 on and
+{command} what to run there (with this file's folder's parent as the working directory). It needs no Ray. The model's
+gradient costs next to nothing to compute, so that the exchange and the update are what is measured; every contender
+has the same model, optimizer (Adam) and number of workers. Prints a table of milliseconds a step (median).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from distrain.process import keep_freed_memory  # noqa: E402
+from jobs.contenders.core import Exchange, Model, relay, serve  # noqa: E402
+from jobs.contenders.preset import build  # noqa: E402
+
+CONTENDERS = ("distrain", "distrain sliced", "distrain sliced bf16", "distrain sliced bf16 stale", "ddp")
+WARMUP_STEPS = 5
+TIMEOUT_S = 300.0
+_FORK = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One measurement. `hosts` are addresses; the first one's is where the others connect, at `port`."""
+
+    contender: str  # distrain or ddp
+    hosts: tuple[str, ...]
+    port: int
+    floats: int
+    tensors: int
+    workers: int  # of each host
+    steps: int
+    exchange: Exchange
+    interface: str | None = None  # gloo's
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers * len(self.hosts)
+
+
+@click.group()
+def cli() -> None:
+    pass
+
+
+@cli.command()
+@click.argument("hosts", nargs=-1, required=True)
+@click.option("--launch", required=True, help="How a command is run on a host: {host}, {number}, {command}")
+@click.option("--floats", multiple=True, type=int, default=(1_000_000, 25_000_000), help="Parameters of the model")
+@click.option("--workers", multiple=True, type=int, default=(1, 2), help="Of each host")
+@click.option("--steps", type=int, default=None, help="Measured; default by the model's size")
+@click.option("--port", type=int, default=29_600)
+@click.option("--interface", default=None, help="Gloo's network interface")
+@click.option("--contender", multiple=True, help="distrain [sliced] [bf16] [stale], or ddp", default=CONTENDERS)
+def run(hosts, launch, floats, workers, steps, port, interface, contender) -> None:
+    """Measure every contender and print a table."""
+    click.echo(f"| {len(hosts)} hosts: parameters | workers a host | " + " | ".join(contender) + " |")
+    click.echo("| --- " * (2 + len(contender)) + "|")
+    for size in floats:
+        for count in workers:
+            cells = []
+            for name in contender:
+                port += 1  # a closed one is not free at once
+                kind, *words = name.split()
+                exchange = Exchange(
+                    len(hosts) if "sliced" in words else 1,
+                    "bf16" if "bf16" in words else "fp32",
+                    1 if "stale" in words else 0,
+                )
+                num_steps = steps or max(15, min(200, 100_000_000 // size))
+                setup = Setup(kind, hosts, port, size, 24, count, num_steps, exchange, interface)
+                cells.append(f"{measure(setup, launch):.1f} ms")
+            click.echo(f"| {size:,} | {count} | " + " | ".join(cells) + " |")
+
+
+def measure(setup: Setup, launch: str) -> float:
+    """Run one contender on all hosts. Returns the median step in milliseconds, as the first host saw it."""
+    processes = []
+    for number, host in enumerate(setup.hosts, 1):
+        inner = shlex.join(
+            [sys.executable, str(Path(__file__).resolve()), "host", str(number), json.dumps(asdict(setup))]
+        )
+        line = launch.format(host=host, number=number, command=inner)
+        pipe = subprocess.PIPE if number == 1 else subprocess.DEVNULL
+        processes.append(subprocess.Popen(line, shell=True, stdout=pipe, cwd=ROOT, text=True))
+    try:
+        said, _ = processes[0].communicate(timeout=TIMEOUT_S)
+        for process in processes[1:]:
+            process.wait(30)
+    finally:
+        for process in processes:
+            process.kill()
+    return float(json.loads(said.splitlines()[-1])["ms"])
+
+
+@cli.command()
+@click.argument("number", type=int)
+@click.argument("setup")
+def host(number: int, setup: str) -> None:
+    """One host's part (`run` starts it)."""
+    values = json.loads(setup)
+    read = Setup(**{**values, "hosts": tuple(values["hosts"]), "exchange": Exchange(**values["exchange"])})
+    step_ms = ddp_host(read, number) if read.contender == "ddp" else distrain_host(read, number)
+    if number == 1:
+        click.echo(json.dumps({"ms": step_ms}))
+
+
+def distrain_host(setup: Setup, number: int) -> float:
+    """The server with its workers on the first host, a relay with its own on the others."""
+    model = Model(setup.floats, setup.tensors)
+    first = (number - 1) * setup.workers
+    ranks = range(first, first + setup.workers)
+    if number == 1:
+        steps = WARMUP_STEPS + setup.steps
+        records = serve(model, setup.num_workers, ranks, steps, setup.exchange, setup.hosts[0], setup.port)
+        return 1000 * statistics.median(record.step_s for record in records[WARMUP_STEPS:])
+    slice_ = number - 2 if number <= setup.exchange.slices else None
+    server = (setup.hosts[0], setup.port)
+    relay(model, setup.num_workers, ranks, server, setup.exchange, slice_, setup.hosts[number - 1])
+    return 0.0
+
+
+def ddp_host(setup: Setup, number: int) -> float:
+    """The ranks of one host."""
+    if setup.interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = setup.interface
+    results = _FORK.SimpleQueue()
+    first = (number - 1) * setup.workers
+    ranks = [
+        _FORK.Process(target=ddp_rank, args=(setup, rank, results)) for rank in range(first, first + setup.workers)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return results.get() if number == 1 else 0.0
+
+
+def ddp_rank(setup: Setup, rank: int, results) -> None:
+    """One process of DDP; the first gives the median step."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{setup.hosts[0]}:{setup.port}", rank=rank, world_size=setup.num_workers
+    )
+    model = DistributedDataParallel(build(setup.floats, setup.tensors), gradient_as_bucket_view=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    row, times = torch.ones(1, 1), []
+    for _ in range(WARMUP_STEPS + setup.steps):
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.mse_loss(model(row).squeeze(-1), torch.ones(1)).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    if rank == 0:
+        results.put(1000 * statistics.median(times[WARMUP_STEPS:]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli()
