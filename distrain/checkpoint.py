@@ -1,7 +1,8 @@
 """Checkpoints on disk: write, verify, find, load, compare. Never runs code out of one, and needs no torch to write one.
 
 A run's folder holds `step-00000500/{model.safetensors, optimizer.safetensors, manifest.json}` for each checkpoint and
-`best.json`, which names the best of them. A checkpoint appears whole or not at all.
+`best.json`, which names the best of them. A checkpoint appears whole or not at all, in a local folder as in an object
+store (see storage.py).
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrain import __version__
-from distrain.durable import remove_folder, remove_leftovers, replaced, write_file, write_folder
 from distrain.errors import CheckpointError
 from distrain.manifest import FORMAT, MANIFEST, read_manifest, redacted, seal
+from distrain.storage import Place, candidates, keeper, num_bytes, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +32,13 @@ MODEL, OPTIMIZER, BEST = "model.safetensors", "optimizer.safetensors", "best.jso
 # What may change when a run is resumed. Every other key decides the weights that come out. (Paths of data sets are
 # free, since the data sets themselves are compared by fingerprint.)
 FREE_KEYS = (
-    "workers", "epochs", "max_steps", "checkpoint", "tracking", "cluster", "validation", "early_stopping",
-    "convergence", "target", "sweep", "resume", "server.threads", "server.slices", "data.train", "data.validation",
+    "workers", "epochs", "max_steps", "max_seconds", "checkpoint", "tracking", "cluster", "validation",
+    "early_stopping", "convergence", "target", "diagnostics", "sweep", "resume", "server.threads", "server.slices",
+    "data.train", "data.validation",
 )  # fmt: skip
+_NOT_FREE = ("workers.precision",)
 
+_CHUNK_BYTES = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class Snapshot:
 class Checkpoint:
     """A checkpoint in memory, verified."""
 
-    path: Path
+    path: Place
     manifest: dict[str, Any]
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -64,9 +68,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint on disk as `survey` sees it. `problem` is None where every byte is as it was written."""
+    """A stored checkpoint as `survey` sees it. `problem` is None where every byte is as it was written."""
 
-    path: Path
+    path: Place
     step: int
     num_bytes: int
     epoch: int | None = None
@@ -75,12 +79,17 @@ class Listed:
     is_best: bool = False
     problem: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able values by field."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**values, "path": str(self.path), "metrics": dict(self.metrics)}
+
 
 @dataclass(frozen=True)
 class Found:
     """A valid checkpoint, and why newer ones were passed over (one line each)."""
 
-    path: Path
+    path: Place
     skipped: tuple[str, ...] = ()
 
 
@@ -91,21 +100,23 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, directory: str | Path, keep: int = 3, metric: str = "loss", higher_is_better: bool = False
+        self, directory: str | Place, keep: int = 3, metric: str = "loss", higher_is_better: bool = False
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"checkpoint.keep is {keep}: at least 1 checkpoint has to be kept")
-        self.directory = Path(directory)
+        self.directory = place(directory)
+        self._keeper = keeper(self.directory)
         self.keep = keep
         self.metric = metric
         self.higher_is_better = higher_is_better
 
-    def write(self, snapshot: Snapshot, manifest_fields: Mapping[str, Any]) -> Path:
+    def write(self, snapshot: Snapshot, manifest_fields: Mapping[str, Any]) -> Place:
         """Write a checkpoint, mark the best, remove what is no longer kept. Return the checkpoint's folder.
 
         `manifest_fields` are JSON-able: run_name, mlflow_run_id, tracking_uri, config
         (resolved, nested), data ({"train": fingerprint, "validation": fingerprint}), features, labels, num_features,
-        num_outputs, torch (threads and versions, which bits depend on). Passwords in URIs are taken out of them.
+        num_outputs, image_shape, torch (threads and versions, which bits depend on). Passwords in URIs are taken out of
+        them.
 
         Raises CheckpointError with path and reason (disk full, no permission); nothing half-written is left then.
         """
@@ -129,8 +140,8 @@ class CheckpointStore:
         files[MANIFEST] = seal(manifest)
         try:
             if self.directory.is_dir():
-                remove_leftovers(self.directory)
-            write_folder(path, files)
+                self._keeper.remove_leftovers(self.directory)
+            self._keeper.write_folder(path, files)
             self._prune(newest=path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
@@ -140,7 +151,12 @@ class CheckpointStore:
         """Return the newest checkpoint that verifies, None where the run has none. Raises where all are damaged."""
         return newest_valid(self.directory) if _checkpoints(self.directory) else None
 
-    def _prune(self, newest: Path) -> None:
+    @property
+    def count(self) -> int:
+        """How many there are, damaged ones too."""
+        return len(_checkpoints(self.directory))
+
+    def _prune(self, newest: Place) -> None:
         """Mark the best checkpoint, remove all but it, the last `keep` and `newest`, which was just written."""
         readable = {}
         for path in _checkpoints(self.directory):
@@ -155,43 +171,40 @@ class CheckpointStore:
             better = max if self.higher_is_better else min
             best = better(reversed(values), key=values.__getitem__)  # the oldest of equal ones
             marker = {"checkpoint": best.name, "metric": self.metric, "value": values[best]}
-            write_file(self.directory / BEST, json.dumps(marker).encode())
+            self._keeper.write_file(self.directory / BEST, json.dumps(marker).encode())
             kept.add(best)
         for path in readable:
             if path not in kept:
-                remove_folder(path)
+                self._keeper.remove_folder(path)
 
 
-def find(reference: str | Path, root: str | Path = "checkpoints") -> Found:
+def find(reference: str | Place, root: str | Place = "checkpoints") -> Found:
     """Find the checkpoint that a person means, and verify it.
 
-    `reference` is a checkpoint's folder, a run's folder (the newest valid checkpoint in it; with `/best` behind it, the
-    best), or a run's name or MLflow run id to be found under `root`, the folder of all runs. Raises CheckpointError:
-    nothing like it (did you mean), the checkpoint named is damaged, or all of the run's are.
+    `reference` is the path or URI of a checkpoint's folder, or of a run's folder (the newest valid checkpoint in it;
+    with `/best` behind it, the best), or a run's name or MLflow run id to be found under `root`, the folder of all
+    runs and sweeps. Raises CheckpointError: nothing like it (did you mean), several runs of that name, the checkpoint
+    named is damaged, or all of the run's are.
     """
-    root = Path(root)
-    given = Path(reference).expanduser()
-    for path in (given, root / given):
+    root = place(root)
+    for path in candidates(reference, root):
         if path.name == "best" and path.parent.is_dir() and not path.is_dir():
             return _best(path.parent)
         if path.is_dir():
             return _in_folder(path)
-    for run in _runs(root):
-        for path in _checkpoints(run):
-            try:
-                manifest = read_manifest(path)
-            except CheckpointError:
-                continue
-            if str(reference) in (manifest.get("mlflow_run_id"), manifest.get("run_name")):
-                return newest_valid(run)
-            break
-    names = [run.name for run in _runs(root)]
+    runs = _runs_and_points(root)
+    called = [run for run in runs if str(reference) in _names(run)]
+    if len(called) > 1:
+        raise CheckpointError(f"{reference}: several runs are called so, name one: {', '.join(map(str, called))}")
+    if called:
+        return newest_valid(called[0])
+    names = [run.name if run.parent == root else f"{run.parent.name}/{run.name}" for run in runs]
     near = get_close_matches(str(reference).removeprefix(f"{root}/"), names, n=1, cutoff=0.5)
     hint = f"; did you mean {root / near[0]}?" if near else f"; runs there: {', '.join(names[:10])}" if names else ""
     raise CheckpointError(f"{reference}: no such checkpoint, run or MLflow run id under {root}{hint}")
 
 
-def newest_valid(run: Path) -> Found:
+def newest_valid(run: Place) -> Found:
     """Return the newest checkpoint of a run's folder that verifies; a warning is logged for each passed over.
 
     Raises CheckpointError where none verifies.
@@ -211,61 +224,74 @@ def newest_valid(run: Path) -> Found:
     raise CheckpointError(f"{run}: no checkpoint in it can be used:\n" + "\n".join(f"  {line}" for line in skipped))
 
 
-def verify(path: str | Path) -> dict[str, Any]:
+def verify(path: str | Place) -> dict[str, Any]:
     """Check every byte of a checkpoint against its manifest; return the manifest.
 
     Raises CheckpointError naming the file that is missing, unreadable, of the wrong size or damaged.
     """
-    path = Path(path)
+    path = place(path)
     manifest = read_manifest(path)
     for name in (MODEL, OPTIMIZER):
-        file, expected = path / name, manifest["files"][name]
-        try:
-            num_bytes = file.stat().st_size
-            if num_bytes != expected["bytes"]:
-                raise CheckpointError(f"{file}: damaged: {num_bytes} bytes, {expected['bytes']} were written")
-            with open(file, "rb") as content:
-                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: missing") from None
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
-        if sha256 != expected["sha256"]:
-            raise CheckpointError(f"{file}: damaged: its content does not match its SHA-256")
+        _verify_file(path / name, manifest["files"][name])
     return manifest
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Place) -> Checkpoint:
     """Verify a checkpoint and return its manifest and CPU tensors by name. Raises CheckpointError as `verify` does."""
     from safetensors import SafetensorError  # here, since whoever only writes need not wait for torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load as tensors_in
 
-    path = Path(path)
-    manifest = verify(path)
+    path = place(path)
+    manifest = read_manifest(path)
+    tensors = []
+    for name in (MODEL, OPTIMIZER):
+        chunks: list[bytes] = []
+        _verify_file(path / name, manifest["files"][name], chunks)
+        try:
+            tensors.append(tensors_in(b"".join(chunks)))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / name}: cannot be read: {error}") from error
+    return Checkpoint(path, manifest, *tensors)
+
+
+def _verify_file(file: Place, expected: Mapping[str, Any], chunks: list[bytes] | None = None) -> None:
+    """Check a file's bytes against what the manifest says of them; what was read is appended to `chunks`, if given."""
+    sha256 = hashlib.sha256()
     try:
-        return Checkpoint(path, manifest, load_file(path / MODEL), load_file(path / OPTIMIZER))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        size = num_bytes(file)
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{file}: damaged: {size} bytes, {expected['bytes']} were written")
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                sha256.update(chunk)
+                if chunks is not None:
+                    chunks.append(chunk)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if sha256.hexdigest() != expected["sha256"]:
+        raise CheckpointError(f"{file}: damaged: its content does not match its SHA-256")
 
 
-def survey(folder: str | Path) -> list[Listed]:
+def survey(folder: str | Place) -> list[Listed]:
     """Verify every checkpoint of a run, or of all runs in a folder. Newest first within each run.
 
     Raises CheckpointError where there is none.
     """
-    folder = Path(folder)
+    folder = place(folder)
     runs = [folder] if _checkpoints(folder) else _runs(folder)
     if not runs:
         raise CheckpointError(f"{folder}: holds no checkpoints, neither of a run nor of several")
     return [_listed(path) for run in runs for path in _checkpoints(run)]
 
 
-def prune(run: str | Path, keep: int) -> list[Path]:
+def prune(run: str | Place, keep: int) -> list[Place]:
     """Remove all but a run's last `keep` good checkpoints and its best one. Damaged ones are left for a person to see.
 
     Returns what was removed. Raises CheckpointError where the folder is not a run's, or `keep` is 0.
     """
-    run = Path(run)
+    run = place(run)
     if not _checkpoints(run):
         raise CheckpointError(f"{run}: not the folder of a run's checkpoints")
     if keep < 1:
@@ -273,7 +299,7 @@ def prune(run: str | Path, keep: int) -> list[Path]:
     good = [entry for entry in survey(run) if entry.problem is None]
     gone = [entry.path for entry in good[keep:] if not entry.is_best]
     for path in gone:
-        remove_folder(path)
+        keeper(run).remove_folder(path)
     return gone
 
 
@@ -294,7 +320,8 @@ def differences(
     found = [
         f"{key}: {old.get(key)!r} in the checkpoint, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
+        if old.get(key) != new.get(key)
+        and (key in _NOT_FREE or not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS))
     ]
     found += [
         f"data.{name}: the {name} data has changed (files, rows or columns) since the checkpoint was written"
@@ -304,33 +331,33 @@ def differences(
     return found
 
 
-def _best(run: Path) -> Found:
+def _best(run: Place) -> Found:
     try:
         name = json.loads((run / BEST).read_bytes())["checkpoint"]
-        path = run / Path(name).name
+        path = run / str(name).rpartition("/")[2]
     except (OSError, ValueError, TypeError, KeyError):
         raise CheckpointError(f"{run}: no best checkpoint is marked in it, since no validation was done") from None
     verify(path)
     return Found(path)
 
 
-def _listed(path: Path) -> Listed:
+def _listed(path: Place) -> Listed:
     match = _STEP.search(path.name)
     step = int(match[1]) if match else -1
-    num_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    size = sum(num_bytes(file) for file in path.iterdir() if not file.is_dir())
     try:
         manifest = verify(path)
     except CheckpointError as error:
-        return Listed(path, step, num_bytes, problem=error.message)
+        return Listed(path, step, size, problem=error.message)
     try:
         best = json.loads((path.parent / BEST).read_bytes())["checkpoint"]
     except (OSError, ValueError, TypeError, KeyError):
         best = None
     epoch, created, metrics = manifest["epoch"], manifest["created"], manifest["metrics"]
-    return Listed(path, step, num_bytes, epoch, created, metrics, best == path.name)
+    return Listed(path, step, size, epoch, created, metrics, best == path.name)
 
 
-def _in_folder(path: Path) -> Found:
+def _in_folder(path: Place) -> Found:
     """The checkpoint meant by a folder: itself, a run's newest, or that of the only run in it."""
     if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
         try:
@@ -342,24 +369,45 @@ def _in_folder(path: Path) -> Found:
         return Found(path)
     runs = [] if _checkpoints(path) else _runs(path)
     if len(runs) > 1:
-        raise CheckpointError(f"{path}: holds several runs, name one: {', '.join(run.name for run in runs)}")
+        raise CheckpointError(f"{path}: holds several runs, name one: {', '.join(map(str, runs))}")
     return newest_valid(runs[0] if runs else path)
 
 
-def has_checkpoints(run: str | Path) -> bool:
+def checkpoints_of(run: str | Place) -> list[Place]:
+    """The checkpoints of a run's folder, oldest first, verified or not."""
+    return _checkpoints(place(run))[::-1]
+
+
+def has_checkpoints(run: str | Place) -> bool:
     """Whether a run's folder holds any checkpoint, good or not."""
-    return bool(_checkpoints(Path(run)))
+    return bool(_checkpoints(place(run)))
 
 
-def _runs(root: Path) -> list[Path]:
+def _runs(root: Place) -> list[Place]:
     return sorted(path for path in root.iterdir() if path.is_dir() and _checkpoints(path)) if root.is_dir() else []
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def _runs_and_points(root: Place) -> list[Place]:
+    """The runs in a folder, and those of the sweeps and restarts in it."""
+    runs = _runs(root)
+    others = [path for path in root.iterdir() if path.is_dir() and path not in runs] if root.is_dir() else []
+    return runs + [point for other in sorted(others) for point in _runs(other)]
+
+
+def _names(run: Place) -> set[str | None]:
+    """The run's name and its MLflow run id, as its newest readable checkpoint has them."""
+    for path in _checkpoints(run):
+        with suppress(CheckpointError):
+            manifest = read_manifest(path)
+            return {manifest.get("run_name"), manifest.get("mlflow_run_id")}
+    return set()
+
+
+def _checkpoints(run: Place) -> list[Place]:
     """The checkpoints of a run, newest (highest step) first, verified or not."""
     if not run.is_dir():
         return []
-    here = {path.name: path for path in run.iterdir() if path.is_dir()} | dict(replaced(run))
+    here = keeper(run).folders(run)
     steps = {int(match[1]): path for name, path in here.items() if (match := _STEP.fullmatch(name))}
     return [steps[step] for step in sorted(steps, reverse=True)]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from distrain.checkpoint import CheckpointStore, Snapshot
 from distrain.errors import CheckpointError
+from distrain.storage import Place
 
-Written = Callable[[int, Path], None]
+Written = Callable[[int, Place], None]
 Failed = Callable[[int, CheckpointError], None]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import traceback
 from dataclasses import asdict
@@ -16,6 +15,8 @@ from distrain import __version__
 from distrain.errors import ConfigError, DistrainError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from distrain.config import TrainConfig
     from distrain.jobs import Jobs
     from distrain.study.record import Study
@@ -28,17 +29,15 @@ _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
 _BATCH_SIZE = click.option("--batch-size", type=click.IntRange(min=1), help="Rows at a time (default: the run's).")
 _ADDRESS = click.option("--address", help="The cluster's dashboard (default: RAY_API_SERVER_ADDRESS, else "
                         "http://127.0.0.1:8265).")  # fmt: skip
+_ROOT = click.option("--root", default="checkpoints", show_default=True, envvar="DISTRAIN_CHECKPOINT_DIR",
+                     help="Folder of all runs' checkpoints, and of sweeps.")  # fmt: skip
+_TRACKING_URI = click.option("--tracking-uri", default="sqlite:///mlflow.db", show_default=True,
+                             envvar="MLFLOW_TRACKING_URI", help="The tracking store.")  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, last, on standard output.")
 
 
 class _Verbs(click.Group):
     """Turns our errors into a message and an exit code."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        # The user's modules ("module:function") are looked up from the current folder.
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -71,8 +70,9 @@ def main() -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_OVERRIDES
+@click.option("--folder", type=click.Path(path_type=Path), help="Where relative paths in CONFIG begin (default: here).")
 @_JSON
-def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def train(config: Path, overrides: tuple[str, ...], folder: Path | None, as_json: bool) -> None:
     """Train as the YAML file CONFIG says.
 
     Any key can be overridden: distrain train jobs/digits.yaml batch_size=128 optimizer.lr=1e-3
@@ -81,6 +81,16 @@ def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     a checkpoint to resume from.
     """
     loaded = _load(config, overrides)
+    if folder is not None:
+        loaded = loaded.in_folder(folder.absolute())
+    if loaded.restarts is not None:
+        from distrain.progress import SweepLines, make_progress
+        from distrain.study.restarts import train_restarts
+
+        best = train_restarts(loaded, SweepLines())
+        make_progress().finished(best)
+        _print_result(best, as_json)
+        return
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
@@ -90,7 +100,7 @@ def train(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @click.argument("run", metavar="RUN|CHECKPOINT")
 @_OVERRIDES
-@click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+@_ROOT
 @click.option("--anyway", is_flag=True, help="Go on although the data or what decides the weights has changed.")
 @_JSON
 def resume(run: str, overrides: tuple[str, ...], root: str, anyway: bool, as_json: bool) -> None:
@@ -111,7 +121,7 @@ def resume(run: str, overrides: tuple[str, ...], root: str, anyway: bool, as_jso
 @click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Predict the speed of so many; may be given "
               "again. Needs --sweep.")  # fmt: skip
 @click.option("--sweep", help="The sweep whose measurements to predict from: its name, folder or MLflow id.")
-@click.option("--root", default="checkpoints", show_default=True, help="Folder in which sweeps lie.")
+@_ROOT
 @_JSON
 def plan(
     config: Path, overrides: tuple[str, ...], workers: tuple[int, ...], sweep: str | None, root: str, as_json: bool
@@ -134,7 +144,7 @@ def plan(
         from distrain.study.report import find
 
         study, _ = find(sweep, root, loaded.tracking.uri)
-        forecasts = forecast(study.points, workers, loaded.batch_size, loaded.shards, found.steps_per_epoch)
+        forecasts = forecast(study.points, workers, found.batch_size, loaded.shards, found.steps_per_epoch)
     if as_json:
         predicted = {"forecasts": [asdict(each) for each in forecasts]} if forecasts else {}
         click.echo(json.dumps({**found.to_json(), **predicted}))
@@ -165,7 +175,7 @@ def config(config: Path | None, overrides: tuple[str, ...], schema: bool) -> Non
 @click.argument("checkpoint", metavar="RUN|CHECKPOINT")
 @click.argument("data", required=False)
 @_BATCH_SIZE
-@click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+@_ROOT
 @_JSON
 def evaluate(checkpoint: str, data: str | None, batch_size: int | None, root: str, as_json: bool) -> None:
     """Measure a checkpoint's model on Parquet DATA (default: the run's validation rows).
@@ -189,7 +199,7 @@ def evaluate(checkpoint: str, data: str | None, batch_size: int | None, root: st
 @click.option("--keep", default="", help="Columns of DATA to copy beside the predictions: id,name")
 @click.option("--probabilities", is_flag=True, help="Write each class's probability too.")
 @_BATCH_SIZE
-@click.option("--root", default="checkpoints", show_default=True, help="Folder of all runs' checkpoints.")
+@_ROOT
 def predict(
     checkpoint: str, data: str, output: str, keep: str, probabilities: bool, batch_size: int | None, root: str
 ) -> None:
@@ -205,11 +215,11 @@ def predict(
 
 
 @main.command()
-@click.argument("folder", default="checkpoints", type=click.Path(path_type=Path))
+@click.argument("folder", default="checkpoints")
 @click.option("--prune", "keep", type=click.IntRange(min=1), metavar="N", help="Keep only the last N and the best.")
 @_JSON
-def checkpoints(folder: Path, keep: int | None, as_json: bool) -> None:
-    """List and verify the checkpoints in FOLDER, of one run or of all.
+def checkpoints(folder: str, keep: int | None, as_json: bool) -> None:
+    """List and verify the checkpoints in FOLDER (or s3://bucket/prefix), of one run or of all.
 
     Exit code 1 where one of them is damaged. With --prune FOLDER has to be a run's.
     """
@@ -221,7 +231,7 @@ def checkpoints(folder: Path, keep: int | None, as_json: bool) -> None:
             click.echo(f"removed {path}", err=True)
     listed = survey(folder)
     if as_json:
-        click.echo(json.dumps([{**asdict(entry), "path": str(entry.path)} for entry in listed]))
+        click.echo(json.dumps([entry.to_json() for entry in listed]))
     else:
         show_checkpoints(listed)
     if any(entry.problem is not None for entry in listed):
@@ -276,8 +286,8 @@ def sweep(
 
 @main.command()
 @click.argument("sweep", metavar="SWEEP")
-@click.option("--root", default="checkpoints", show_default=True, help="Folder in which sweeps lie.")
-@click.option("--tracking-uri", default="sqlite:///mlflow.db", show_default=True, help="Where SWEEP is a run's id.")
+@_ROOT
+@_TRACKING_URI
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="The HTML file (default: report.html in SWEEP).")
 def report(sweep: str, root: str, tracking_uri: str, output: Path | None) -> None:
     """Report on SWEEP: table, figures and recommendation, as one HTML file.
@@ -317,8 +327,71 @@ def check_gradients(config: Path, overrides: tuple[str, ...], as_json: bool) -> 
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_OVERRIDES
+@click.option("--backward", is_flag=True, help="Draw the backward pass too.")
+@click.option("--output", "-o", default="graph.png", show_default=True, type=click.Path(path_type=Path),
+              help="The picture: .png, .svg or .pdf.")  # fmt: skip
+@click.option("--run", "run_id", help="Store it in this MLflow run too, by its id.")
+@_JSON
+def graph(
+    config: Path, overrides: tuple[str, ...], backward: bool, output: Path, run_id: str | None, as_json: bool
+) -> None:
+    """Draw the computational graph of CONFIG's model and loss, with the shapes of a first microbatch."""
+    loaded = _load(config, overrides)
+    from distrain.study.graph_figure import draw
+    from distrain.study.job_graph import job_graph
+
+    found = job_graph(loaded, backward)
+    figure = draw(found, f"{config.name}: a microbatch, forward{' and backward' if backward else ''}")
+    _save_figure(figure, output)
+    if run_id is not None:
+        from distrain.tracking.pictures import log_figure
+
+        log_figure(loaded.tracking.uri, run_id, f"graph{output.suffix}", figure)
+    click.echo(json.dumps(found.to_json()) if as_json else output)
+
+
+@main.command()
+@click.argument("run", metavar="RUN|CHECKPOINT")
+@click.argument("data", required=False)
+@click.option("--rows", default=1000, show_default=True, type=click.IntRange(min=1), help="Rows of the sample.")
+@click.option("--points", default=25, show_default=True, type=click.IntRange(min=3, max=400), help="Along each axis.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of sample and directions.")
+@click.option("--output", "-o", default="landscape.png", show_default=True, type=click.Path(path_type=Path),
+              help="The picture: .png, .svg or .pdf.")  # fmt: skip
+@_ROOT
+@_JSON
+def landscape(
+    run: str, data: str | None, rows: int, points: int, seed: int, output: Path, root: str, as_json: bool
+) -> None:
+    """Draw the loss around RUN: over the plane of its checkpoints with its path, and over two random directions.
+
+    The loss is that of a sample of Parquet DATA (default: the run's validation rows). The picture goes to a file, and
+    into the run in MLflow. More checkpoints give a finer path: checkpoint.every_steps, checkpoint.keep.
+    """
+    from distrain.study.landscape import landscape as measure
+    from distrain.study.landscape_figure import draw
+
+    found = measure(run, root, data, rows, points, seed)
+    figure = draw(found)
+    _save_figure(figure, output)
+    if found.path is None:
+        click.echo(f"{found.run_name} kept too few checkpoints for a plane: checkpoint.keep, .every_steps", err=True)
+    if found.mlflow_run_id is not None:
+        from distrain.errors import TrackingError
+        from distrain.tracking.pictures import log_figure
+
+        try:
+            log_figure(found.tracking_uri, found.mlflow_run_id, f"landscape{output.suffix}", figure)
+        except TrackingError as error:
+            click.echo(error.message, err=True)
+    click.echo(json.dumps(found.to_json()) if as_json else output)
+
+
+@main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--tracking-uri", default="sqlite:///mlflow.db", show_default=True)
+@_TRACKING_URI
 @click.option("--experiment", default="distrain", show_default=True, help="Where RUN is a name.")
 def compare(runs: tuple[str, ...], tracking_uri: str, experiment: str) -> None:
     """Print runs side by side: what they were given and differ in, and what came of it.
@@ -342,11 +415,11 @@ def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: 
 
     The current folder travels along (without Parquet files and checkpoints), so that CONFIG and your modules are there.
     """
-    loaded = _load(config, overrides)
+    _load(config, overrides)  # what is wrong with it is better said here than by the job
     from distrain.jobs import Jobs
 
     jobs = Jobs(address)
-    job_id = jobs.submit(config, loaded, overrides, name)
+    job_id = jobs.submit(config, overrides, name)
     if no_wait:
         click.echo(job_id)
         return
@@ -393,13 +466,40 @@ def stop(job: str, address: str | None) -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
+@_OVERRIDES
+@_ADDRESS
+@_JSON
+def doctor(config: Path | None, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Look at what a run needs, and say what to do where something is wrong.
+
+    Versions, cluster, token, shared memory, tracking, checkpoints, and with CONFIG its data. Looks at the cluster that
+    jobs are submitted to where --address or RAY_API_SERVER_ADDRESS names it, else at the one that distrain train uses.
+    Exit code 0, or that of the first thing that failed, as distrain train would end with it.
+    """
+    loaded = None if config is None else _load(config, overrides)
+    from distrain.doctor import examine
+    from distrain.progress import show_finding
+
+    findings = []
+    for finding in examine(loaded, address):
+        findings.append(finding)
+        if not as_json:
+            show_finding(finding)
+    if as_json:
+        click.echo(json.dumps({"findings": [finding.to_json() for finding in findings]}))
+    raise click.exceptions.Exit(next((finding.exit_code for finding in findings if finding.exit_code), 0))
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=5000, show_default=True)
 def ui(config: Path | None, host: str, port: int) -> None:
     """Open MLflow's page on the store that CONFIG logs to (default: mlflow.db here)."""
-    uri = "sqlite:///mlflow.db" if config is None else _load(config, ()).tracking.uri
+    from distrain.config import TrackingConfig
     from distrain.tracking import open_ui
 
+    uri = (TrackingConfig() if config is None else _load(config, ()).tracking).uri
     open_ui(uri, host, port)
 
 
@@ -412,6 +512,13 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     while not has_ended(state := jobs.state(job_id)):
         time.sleep(0.2)
     raise click.exceptions.Exit(exit_code(state))
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the picture cannot be written: {error}") from error
 
 
 def _print_study(study: Study, words: list[str], folder: Path, path: Path | None = None) -> None:

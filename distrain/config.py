@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +23,7 @@ from distrain.errors import ConfigError
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^/\s]*@")
 _REFERENCE = re.compile(r"[\w.]+:\w+")
+_FULL_FORWARD_ROWS = 4096  # of a forward pass of a full batch: enough for speed, little memory
 
 
 def _number(value: Any) -> Any:
@@ -41,6 +45,14 @@ def _integer(value: Any) -> Any:
     return value
 
 
+def _batch_size(value: Any) -> Any:
+    """A union's own messages would say nothing."""
+    if value != "full" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        got = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise ValueError(f"expected a number of rows, at least 1, or full, got {got}")
+    return value
+
+
 def _reference(value: str) -> str:
     if not _REFERENCE.fullmatch(value):
         raise ValueError('give it as "module:function"')
@@ -51,6 +63,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_integer), Field(ge=1)]
+BatchSize = Annotated[Count | Literal["full"], BeforeValidator(_batch_size)]
 Reference = Annotated[str, AfterValidator(_reference)]
 Paths = str | Annotated[list[str], Field(min_length=1)]
 
@@ -102,8 +115,8 @@ class DataConfig(_Section):
     validation: Paths | None = Field(None, description="Validation rows, likewise; null: no validation")
     features: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description='Feature columns: a list of names, a glob of names such as "f*", or one list column. '
-        "null: every numeric column but the label; with a transform, every column",
+        description='Feature columns: a list of names, a glob of names such as "f*", one list column, or one column of '
+        "encoded images (PNG, JPEG). null: every numeric column but the label; with a transform, every column",
     )
     label: str | Annotated[list[str], Field(min_length=1)] = Field(description="The label column, or several")
     weight: str | None = Field(None, description="A column that says how much each row counts; null: all the same")
@@ -111,12 +124,15 @@ class DataConfig(_Section):
                                 "holds two windows of each of its shards in memory")  # fmt: skip
     standardize: bool = Field(False, description="Subtract each feature's mean over the training rows, divide by its "
                               "deviation, inside the model")  # fmt: skip
+    ragged: bool = Field(False, description="The one list column's rows differ in length: each microbatch is padded "
+                         "with zeros to its longest row, and the model takes `mask`, true where there is a value, "
+                         "beside `features`. model: text does so by itself")  # fmt: skip
     transform: Reference | None = Field(
         None, description='"module:function" that turns a pyarrow RecordBatch into a dict of tensors with "label"'
     )
 
 
-ModelName = Literal["linear", "logistic", "mlp", "cnn"]
+ModelName = Literal["linear", "logistic", "mlp", "cnn", "text"]
 
 
 class ModelConfig(_Section):
@@ -124,23 +140,33 @@ class ModelConfig(_Section):
 
     name: ModelName | None = Field(
         "mlp",
-        description="The model: linear or logistic (one linear layer; logistic takes losses from logits only), mlp, or "
-        "cnn (convolutions over images, then the layers of an mlp)",
+        description="The model: linear or logistic (one linear layer; logistic takes losses from logits only), mlp, "
+        "cnn (convolutions over images, then the layers of an mlp), or text (an encoder over lists of token ids of any "
+        "length, then the layers of an mlp)",
     )
-    hidden: list[Count] = Field([256, 256], description="mlp, cnn: units of each hidden layer")
+    hidden: list[Count] = Field([256, 256], description="mlp, cnn, text: units of each hidden layer")
     image_shape: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = Field(
-        None, description="cnn: channels, height and width that a row's features are the pixels of, in this order"
-    )
+        None, description="cnn: channels, height and width that a row's features are the pixels of, in this order; "
+                          "null: those of the first encoded image"
+    )  # fmt: skip
     channels: list[Count] = Field(
         [16, 32], description="cnn: channels of each convolution; each halves height and width"
     )
     kernel_size: Annotated[Count, Field(le=15)] = Field(3, description="cnn: height and width of the convolutions")
+    vocabulary: Count | None = Field(None, description="text: token ids are 0 to this less 1")
+    encoder: Literal["bag", "transformer"] = Field(
+        "bag", description="text: bag, the mean of the tokens' embeddings, or transformer, which sees their order"
+    )
+    embedding: Count = Field(64, description="text: width of a token's embedding, and of the transformer")
+    layers: Count = Field(2, description="text: layers of the transformer")
+    heads: Count = Field(4, description="text: attention heads of each; embedding is a multiple of it")
     initialization: str | None = Field(
         None,
         description="Of the weights of linear and convolution layers, by torch.nn.init's names: he_normal or "
         "kaiming_normal, xavier_uniform, orthogonal, zeros, ...; biases become 0. null: torch's own",
     )
-    activation: str = Field("relu", description="Between the layers: relu, leaky_relu, elu, gelu, silu, tanh, sigmoid")
+    activation: str = Field("relu", description="Between the layers: relu, leaky_relu, elu, selu, gelu, silu, mish, "
+                            "hardswish, softplus, tanh, sigmoid, identity")  # fmt: skip
     dropout: Annotated[NotNegative, Field(lt=1)] = Field(0.0, description="Share of hidden units dropped in training")
     normalization: Literal["batch", "layer", "group"] | None = Field(
         None, description="After each hidden linear layer: batch, layer or group normalization; null: none"
@@ -157,9 +183,13 @@ class ModelConfig(_Section):
         return _name_or_factory(value)
 
     @model_validator(mode="after")
-    def _image_has_a_shape(self) -> ModelConfig:
-        if self.name == "cnn" and self.image_shape is None:
-            raise ValueError("cnn needs image_shape: [channels, height, width]")
+    def _text_has_a_vocabulary(self) -> ModelConfig:
+        if self.name == "text" and self.vocabulary is None:
+            raise ValueError("text needs vocabulary: the number of token ids")
+        if self.name != "text" and self.vocabulary is not None:
+            raise ValueError(f"vocabulary goes with name: text, not with {self.name or 'a factory'}")
+        if self.name == "text" and self.encoder == "transformer" and self.embedding % self.heads:
+            raise ValueError(f"embedding is {self.embedding}, no multiple of the {self.heads} heads")
         return self
 
 
@@ -239,6 +269,25 @@ class OptimizerConfig(_OpenSection):
     lr: Positive = Field(0.001, description="Learning rate")
     weight_decay: NotNegative = Field(0.0, description="Weight decay; biases and normalization layers go without")
     decay_all: bool = Field(False, description="Decay biases and normalization layers too")
+    scale_lr: Literal["linear", "sqrt", "none"] = Field(
+        "none", description="lr is meant for base_batch_size, and follows batch_size: in proportion (Goyal et al. "
+                            "2017), with its square root (Krizhevsky 2014), not at all"
+    )  # fmt: skip
+    base_batch_size: Count | None = Field(None, description="scale_lr: the rows of a step that lr is meant for")
+
+    @model_validator(mode="after")
+    def _scale_has_a_base(self) -> OptimizerConfig:
+        if (self.scale_lr == "none") != (self.base_batch_size is None):
+            raise ValueError("scale_lr and base_batch_size go together: lr is multiplied by what batch_size is of it")
+        return self
+
+    def scaled(self, batch_rows: int) -> OptimizerConfig:
+        """The same for a step of so many rows, with the learning rate scaled to it."""
+        if self.base_batch_size is None:
+            return self
+        ratio = batch_rows / self.base_batch_size
+        lr = self.lr * (ratio if self.scale_lr == "linear" else math.sqrt(ratio))
+        return self.model_copy(update={"lr": lr, "scale_lr": "none", "base_batch_size": None})
 
 
 class ScheduleConfig(_OpenSection):
@@ -247,6 +296,21 @@ class ScheduleConfig(_OpenSection):
     name: str | None = Field(None, description="A class of torch.optim.lr_scheduler; null: constant after the warm-up")
     warmup_steps: Annotated[int, BeforeValidator(_integer), Field(ge=0)] = Field(
         0, description="Steps in which the rate rises linearly first"
+    )
+
+
+class GradientNoiseConfig(_Section):
+    """Simulated annealing: noise of variance eta / (1 + step)^gamma on each entry of the averaged gradient."""
+
+    eta: Positive = Field(0.01, description="Variance of the noise in the first step: how hot it begins")
+    gamma: NotNegative = Field(0.55, description="How fast it cools: the power of the step")
+
+
+class AveragingConfig(_Section):
+    """A moving average of the weights, which is validated, written to checkpoints and exported in their place."""
+
+    decay: Annotated[Positive, Field(lt=1)] = Field(
+        0.999, description="Share of the average that an update leaves; less in the first updates: (1 + n) / (10 + n)"
     )
 
 
@@ -279,14 +343,26 @@ class WorkersConfig(_Section):
     max: Count | None = Field(None, description="Grow up to so many as the cluster gains room; null: count, no fewer "
                               "at the start, no more later")  # fmt: skip
     cpus: Positive = Field(1, description="CPUs of each worker; it computes with as many threads")
-    gpus: Literal[0] = Field(0, description="GPUs of each worker; only 0 is supported so far")
-    precision: Literal["fp32"] = Field("fp32", description="Arithmetic of the workers; only fp32 is supported so far")
+    gpus: Annotated[NotNegative, Field(le=1)] = Field(
+        0, description="The share of a GPU that each worker has and computes on: 1, or less for workers that share "
+                       "one; 0: it computes on CPUs")  # fmt: skip
+    gpu_count: Count | None = Field(None, description="So many of the workers have that, and the others compute on "
+                                    "CPUs; null: all")  # fmt: skip
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="What workers compute the model in: bf16 and fp16 under torch.autocast, fp16 with a loss "
+                            "scale; parameters, loss and update are float32")  # fmt: skip
+    deterministic: bool = Field(False, description="Only kernels that give the same bits each time, which are slower, "
+                                "and are not there for every operation of a GPU")  # fmt: skip
     timeout_seconds: Positive = Field(60, description="A worker silent for so long in a step is given up and replaced")
 
     @property
     def most(self) -> int:
         """Workers at most."""
         return self.count if self.max is None else self.max
+
+    def gpus_of(self, rank: int) -> float:
+        """The share of a GPU that this worker has."""
+        return self.gpus if self.gpu_count is None or rank < self.gpu_count else 0.0
 
     @property
     def needed(self) -> int:
@@ -307,16 +383,37 @@ class ServerConfig(_Section):
                                  "rows of the others come again at the epoch's end. null: all")  # fmt: skip
     delay_compensation: NotNegative = Field(0.0, description="async: how much of a gradient's change since it was "
                                             "computed is made up for (lambda of DC-ASGD); 0: none")  # fmt: skip
-    slices: Literal[1] = Field(1, description="Parameter servers that share the model; only 1 so far")
+    slices: Count = Field(
+        1,
+        description="Parameter servers that share the model, each with whole tensors and about "
+        "as many bytes, on hosts of their own where there are so many. Same bits at any number",
+    )
+    wire_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="What gradients and parameters are between hosts. bf16: half the bytes. Every worker then computes "
+        "with rounded parameters, and the update goes on from float32 ones; gradients are rounded so that errors "
+        "cancel over the steps, without state that a fault could lose. Other bits than fp32's, and as those the same "
+        "at any number of workers, hosts and slices, after faults and resumes",
+    )
     threads: Count | None = Field(
         None, description="Threads of an update; null: the cores that workers leave, at most 4"
     )
 
 
+class DiagnosticsConfig(_Section):
+    """A look at each layer: norms of its gradient and activations, dead units, how far an update moves it; and warnings
+    of what is wrong."""
+
+    every_steps: Count | None = Field(50, description="Steps between looks, and 1, 2, 4, ... before the first of them; "
+                                      "null: none, as with server.slices of more than 1")  # fmt: skip
+
+
 class CheckpointConfig(_Section):
     """What is kept on disk."""
 
-    dir: str = Field("checkpoints", description="Folder; each run has one of its own in it")
+    dir: str = Field(default_factory=lambda: os.environ.get("DISTRAIN_CHECKPOINT_DIR", "checkpoints"),
+                     description="Folder, or s3:// or gs:// URI of one; each run has one of its own in it. "
+                     "Not set: DISTRAIN_CHECKPOINT_DIR, else checkpoints")  # fmt: skip
     every_steps: Count | None = Field(500, description="Steps between checkpoints, beside each epoch's end; null: none")
     every_seconds: Positive | None = Field(None, description="Seconds between checkpoints, beside those; null: none")
     keep: Count = Field(3, description="The last so many are kept, and the best")
@@ -327,11 +424,13 @@ class CheckpointConfig(_Section):
 class TrackingConfig(_Section):
     """MLflow."""
 
-    uri: str = Field("sqlite:///mlflow.db", description="Tracking store: sqlite:///FILE, or a server's http(s):// URI")
+    uri: str = Field(default_factory=lambda: os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"),
+                     description="Tracking store: sqlite:///FILE, or a server's http(s):// URI. Not set: "
+                     "MLFLOW_TRACKING_URI, else sqlite:///mlflow.db")  # fmt: skip
     experiment: str = Field("distrain", description="Experiment that the run belongs to")
     run_name: str | None = Field(None, description="The run's name, and its checkpoints' folder; null: date and time")
-    every_steps: Count | None = Field(None, description="Steps averaged into one point of a metric; null: each of the "
-                                      "first 1000 steps, then half seconds")  # fmt: skip
+    every_steps: Count | None = Field(None, description="Steps averaged into one point of a metric; null: as many as "
+                                      "take a hundredth of the time so far, at most half a second")  # fmt: skip
     registered_model_name: str | None = Field(None, description="Register the final model under this name")
     enabled: bool = Field(True, description="false: no tracking at all")
 
@@ -400,9 +499,27 @@ class TrainConfig(_Section):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer")
     schedule: ScheduleConfig | None = Field(None, description="The learning rate's schedule; null: constant")
     clip: ClipConfig | None = Field(None, description="Gradient clipping; null: none")
-    batch_size: Count = Field(256, description="Rows of a step, over all workers: the global minibatch")
+    gradient_noise: GradientNoiseConfig | None = Field(
+        None, description="Simulated annealing: noise on the gradient that cools; null: none"
+    )
+    averaging: AveragingConfig | None = Field(None, description="Average the weights over the updates; null: no")
+    batch_size: BatchSize = Field(
+        256, description="Rows of a step, over all workers: the global minibatch. full: all of them, one step an epoch"
+    )
+    max_forward_rows: Count | None = Field(
+        None, description="Rows of a forward pass at most; a larger microbatch is computed in pieces, added up in "
+                          "order. null: no limit, with batch_size: full 4096")  # fmt: skip
     epochs: Count = Field(3, description="Passes over the training rows")
     max_steps: Count | None = Field(None, description="End after so many steps, if that is sooner")
+    max_seconds: Positive | None = Field(
+        None, description="End after so many seconds of training, validations included, if that is sooner; a resumed "
+                          "run counts anew"
+    )  # fmt: skip
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A microbatch whose loss or gradient is not finite ends the run (exit code 4), or is "
+                            "skipped: its rows do not count"
+    )  # fmt: skip
+    max_skipped: Count = Field(10, description="on_nonfinite: skip: more skipped microbatches than this end the run")
     shards: Count | None = Field(None, description="Equal spans of an epoch's rows; decides the weights' bits, unlike "
                                  "the worker count. null: workers.count")  # fmt: skip
     seed: Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=2**63)] = Field(
@@ -410,13 +527,18 @@ class TrainConfig(_Section):
     )
     workers: WorkersConfig = Field(WorkersConfig(), description="Who computes gradients")
     server: ServerConfig = Field(ServerConfig(), description="Who averages and updates")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is kept on disk")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is kept on disk")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="MLflow")
+    diagnostics: DiagnosticsConfig = Field(DiagnosticsConfig(), description="A look at the layers")
     validation: ValidationConfig = Field(ValidationConfig(), description="When to validate")
     early_stopping: EarlyStoppingConfig | None = Field(None, description="Stop on validation; null: never")
     convergence: ConvergenceConfig | None = Field(None, description="Stop when nothing moves; null: never")
     target: TargetConfig | None = Field(None, description="Stop when validation is good enough; null: never")
     sweep: SweepConfig | None = Field(None, description="What distrain sweep tries; nothing else looks at it")
+    restarts: Count | None = Field(
+        None, description="Train so often, with seeds from seed on, and keep the run that validates best (by "
+                          "early_stopping.metric, else by loss): side by side where there is room. null: once"
+    )  # fmt: skip
     resume: Literal["auto"] | None = Field(
         None, description="auto: go on from the last checkpoint of the run called tracking.run_name, where there is one"
     )
@@ -424,26 +546,33 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.resolved_shards > self.batch_size:
+        is_free = self.server.mode == "async" or self.server.quorum is not None
+        if is_free and self.batch_size != "full" and self.resolved_shards > self.batch_size:
             raise ValueError(
-                f"batch_size is {self.batch_size} and there are {self.resolved_shards} shards: a step needs a row for "
-                "each (raise batch_size, or lower shards or workers.count)"
+                f"batch_size is {self.batch_size} and there are {self.resolved_shards} shards: with server.mode: async "
+                "or server.quorum a step needs a row for each (raise batch_size, or lower shards or workers.count)"
             )
         self._check_server()
         if self.workers.max is not None and self.workers.max < self.workers.count:
             raise ValueError(f"workers.max is {self.workers.max}, less than workers.count, {self.workers.count}")
         if self.workers.min > self.workers.count:
             raise ValueError(f"workers.min is {self.workers.min}, more than workers.count, {self.workers.count}")
+        if self.workers.gpu_count is not None and not self.workers.gpus:
+            raise ValueError(f"workers.gpu_count is {self.workers.gpu_count}, and workers.gpus is 0: give them a share")
         if self.data.validation is None:
             for key, value in (
                 ("early_stopping", self.early_stopping),
                 ("target", self.target),
                 ("validation.every_steps", self.validation.every_steps),
+                ("restarts", self.restarts),
             ):
                 if value is not None:
                     raise ValueError(f"{key} needs data.validation")
         if self.resume == "auto" and self.tracking.run_name is None:
             raise ValueError("resume: auto needs tracking.run_name, by which the run is found again")
+        schedule = self.schedule.name if self.schedule is not None else None
+        if self.optimizer.scale_lr != "none" and schedule in ("OneCycleLR", "CyclicLR"):
+            raise ValueError(f"optimizer.scale_lr scales optimizer.lr, and {schedule} goes by its own max_lr")
         if self.model.name == "logistic" and self.loss.kind == "numbers":
             raise ValueError(
                 f"model: logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "
@@ -451,7 +580,44 @@ class TrainConfig(_Section):
             )
         if self.data.standardize and self.data.transform is not None:
             raise ValueError("data.standardize has no features to measure with data.transform; leave one of them out")
+        is_ragged = self.data.ragged or self.model.name == "text"
+        if is_ragged and self.data.standardize:
+            raise ValueError("data.standardize has no fixed features to measure where rows differ in length")
+        if is_ragged and self.data.transform is not None:
+            raise ValueError(
+                "data.transform makes the model's inputs itself: data.ragged and model: text go without it"
+            )
+        if self.data.ragged and self.model.name not in ("text", None):
+            raise ValueError(
+                f"model: {self.model.name} takes rows of one length; data.ragged goes with text or a factory"
+            )
         return self
+
+    def _check_slices(self) -> None:
+        """What needs the whole vector in one place."""
+        if self.server.slices > 1:
+            _refuse(
+                f"server.slices is {self.server.slices}",
+                "one slice",
+                {
+                    "server.mode: async": self.server.mode == "async",
+                    "workers.precision: fp16": self.workers.precision == "fp16",
+                    "gradient_noise": self.gradient_noise is not None,
+                    "averaging": self.averaging is not None,
+                },
+            )
+
+    def _check_wire(self) -> None:
+        """What needs the parameters that the server has."""
+        if self.server.wire_dtype != "fp32":
+            _refuse(
+                f"server.wire_dtype is {self.server.wire_dtype}",
+                "fp32",
+                {
+                    "server.mode: async": self.server.mode == "async",
+                    "averaging": self.averaging is not None,
+                },
+            )
 
     def _check_server(self) -> None:
         server = self.server
@@ -459,6 +625,8 @@ class TrainConfig(_Section):
             raise ValueError("server.staleness is null, any number, which only server.mode: async allows")
         if server.mode == "sync" and server.delay_compensation:
             raise ValueError("server.delay_compensation needs server.mode: async")
+        self._check_slices()
+        self._check_wire()
         if server.mode == "async" and server.quorum is not None:
             raise ValueError("server.quorum needs server.mode: sync, since async waits for nobody")
         if server.quorum is not None and server.quorum > self.resolved_shards:
@@ -469,10 +637,34 @@ class TrainConfig(_Section):
         """The number of shards: `shards`, else the worker count."""
         return self.shards or self.workers.count
 
+    def step_rows(self, num_rows: int) -> int:
+        """The rows of a step, of so many that there are."""
+        return num_rows if self.batch_size == "full" else self.batch_size
+
+    @property
+    def forward_rows(self) -> int | None:
+        """The rows of a forward pass at most; None: no limit."""
+        return self.max_forward_rows or (_FULL_FORWARD_ROWS if self.batch_size == "full" else None)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
         """Build from nested values and `dotted.key=value` overrides. Raises ConfigError with every problem."""
         return _build(config_file.Document(dict(values)), overrides)
+
+    def in_folder(self, folder: Path) -> TrainConfig:
+        """The same configuration with relative paths taken from `folder`: of the data, checkpoints, and tracking's
+        database."""
+        data = {"train": _from(folder, self.data.train), "validation": _from(folder, self.data.validation)}
+        uri = self.tracking.uri
+        if uri.startswith("sqlite:///"):
+            uri = f"sqlite:///{_from(folder, uri.removeprefix('sqlite:///'))}"
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update=data),
+                "checkpoint": self.checkpoint.model_copy(update={"dir": _from(folder, self.checkpoint.dir)}),
+                "tracking": self.tracking.model_copy(update={"uri": uri}),
+            }
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """The resolved configuration as nested JSON-able values, without credentials, in the order of the keys."""
@@ -513,6 +705,20 @@ def _build(document: config_file.Document, overrides: Sequence[str], check: Chec
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _refuse(setting: str, needed: str, others: Mapping[str, bool]) -> None:
+    """Raise where one of the other settings is there, which works with what is `needed` only."""
+    for key, is_set in others.items():
+        if is_set:
+            raise ValueError(f"{setting}, and {key} works with {needed} only")
+
+
+def _from(folder: Path, path: Any) -> Any:
+    """A path, or each of a list, from `folder` on where it is relative. URIs are not."""
+    if isinstance(path, list):
+        return [_from(folder, each) for each in path]
+    return path if path is None or (urlsplit(path).scheme and "://" in path) else str(folder / path)
 
 
 def _without_secrets(value: Any) -> Any:

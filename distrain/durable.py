@@ -87,6 +87,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)  # what stays is hidden, and taken away at the next write
 
 
+def folders(parent: Path) -> dict[str, Path]:
+    """The whole folders in `parent`, by name: those under their own, and those that were being replaced."""
+    return {path.name: path for path in parent.iterdir() if path.is_dir()} | dict(replaced(parent))
+
+
 def replaced(parent: Path) -> Iterator[tuple[str, Path]]:
     """Yield (name, where it is now) of each folder that was being replaced when its process died."""
     for path in parent.iterdir():

@@ -3,7 +3,7 @@
 One JSON object a line, flushed as it is written. "run" comes first, and again when the run is resumed; then, in order
 of time, "step" (an update, and which shards of which of the plan's steps went into it, from which incarnation of a
 worker, as the ledger took them), "durable" (a checkpoint was written) and "restored" (a server went on from a
-checkpoint, after one died).
+checkpoint, after one died, and passed over so many newer ones that were damaged).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distrain.records import StepRecord
+from distrain.storage import Place, place
 
 
 class History:
@@ -44,13 +45,14 @@ class History:
 
     def steps(self, records: Iterable[StepRecord]) -> None:
         for record in records:
-            self._write("step", step=record.step, samples=record.samples, taken=record.taken)
+            # Rows that were skipped, as not finite, are accounted for.
+            self._write("step", step=record.step, samples=record.samples + record.skipped_rows, taken=record.taken)
 
     def durable(self, step: int) -> None:
         self._write("durable", step=step)
 
-    def restored(self, step: int) -> None:
-        self._write("restored", step=step)
+    def restored(self, step: int, damaged: int = 0) -> None:
+        self._write("restored", step=step, damaged=damaged)
 
     def close(self) -> None:
         self._file.close()
@@ -66,14 +68,16 @@ class Checked:
     steps: int = 0
     repeated_steps: int = 0  # done again after a server died
     restores: int = 0
+    damaged: int = 0  # checkpoints passed over
     incarnations: int = 0
 
 
-def check(path: Path) -> tuple[Checked, list[str]]:
+def check(path: Place) -> tuple[Checked, list[str]]:
     """Check a history. Returns what it says, and one line for each thing that is wrong in it.
 
     Steps follow one another; no microbatch (a shard of a step of the plan) is in two of them; where a server takes over
-    it goes back to a step that had been made durable, and never before the last of those; the steps of an epoch that is
+    it goes back no further than to the last step that had been made durable, or as many of those before it as
+    checkpoints were found damaged; the steps of an epoch that is
     over have as many samples as there are rows.
     """
     found, problems = Checked(), []
@@ -81,17 +85,19 @@ def check(path: Path) -> tuple[Checked, list[str]]:
     run: dict[str, Any] = {}
     updates: dict[int, tuple[int, int]] = {}  # step -> (epoch, samples)
     applied: dict[tuple[int, int], int] = {}  # microbatch -> step
-    step = durable = life = 0
+    step = life = 0
+    durable: list[int] = []  # steps, in order
 
     def go_back(to: int) -> None:
-        nonlocal step, life
+        nonlocal step, life, durable
+        durable = [at for at in durable if at <= to]
         for microbatch in [m for m, at in applied.items() if at > to]:
             del applied[microbatch]
         for later in [at for at in updates if at > to]:
             del updates[later]
         step, life = to, life + 1
 
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().decode().splitlines(), start=1):
         try:
             line = json.loads(text)
         except ValueError:
@@ -99,21 +105,22 @@ def check(path: Path) -> tuple[Checked, list[str]]:
             continue
         match line["kind"]:
             case "run":
-                if run and line["first_step"] < durable:
-                    problems.append(f"line {number}: resumed from step {line['first_step']}, {durable} was durable")
+                if run and line["first_step"] < max(durable, default=0):
+                    problems.append(f"line {number}: resumed from step {line['first_step']}, {durable[-1]} was durable")
                 run = line
                 go_back(line["first_step"])
-                durable = step
             case "restored":
-                if line["step"] < durable:
-                    problems.append(f"line {number}: went back to step {line['step']}, {durable} was durable")
+                if sum(at > line["step"] for at in durable) > line["damaged"]:
+                    problems.append(f"line {number}: went back to step {line['step']}, {durable[-1]} was durable")
                 found.restores += 1
+                found.damaged += line["damaged"]
                 found.repeated_steps += step - line["step"]
                 go_back(line["step"])
             case "durable":
                 if line["step"] > step:
                     problems.append(f"line {number}: step {line['step']} is durable, {step} was the last done")
-                durable = max(durable, line["step"])
+                if line["step"] not in durable:
+                    durable = sorted([*durable, line["step"]])
             case "step":
                 if line["step"] != step + 1:
                     problems.append(f"line {number}: step {line['step']} follows step {step}")
@@ -146,7 +153,7 @@ def check(path: Path) -> tuple[Checked, list[str]]:
 
 
 def main() -> None:
-    found, problems = check(Path(sys.argv[1]))
+    found, problems = check(place(sys.argv[1]))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -154,7 +161,8 @@ def main() -> None:
     else:
         print(
             f"{found.steps} steps, each microbatch in one of them; {found.repeated_steps} done again after "
-            f"{found.restores} restores; {found.incarnations} incarnations of workers"
+            f"{found.restores} restores, with {found.damaged} checkpoints damaged; {found.incarnations} incarnations "
+            "of workers"
         )
     sys.exit(1 if problems else 0)
 

@@ -1,8 +1,10 @@
-"""Finds the user's code: "module:function"."""
+"""Finds the user's code, "module:function", from the folder that the command is run in."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,11 +14,15 @@ from distrain.errors import ConfigError
 def load_object(reference: str, key: str) -> Any:
     """Import what `reference` ("package.module:name") names. `key` is the configuration's key that holds it.
 
-    Raises ConfigError naming the key when module or name is missing; what the module itself raises passes through.
+    The current folder is from now on the first that modules are looked up in. Raises ConfigError naming the key when
+    module or name is missing; what the module itself raises passes through.
     """
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name) or module_name.startswith("."):
         raise ConfigError(f'{key}: {reference!r} is not of the form "module:function"')
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from distrain.checkpoint import Checkpoint, find, load
 from distrain.config import TrainConfig
-from distrain.data.columns import Batch, Location
 from distrain.data.dataset import Dataset, open_dataset
+from distrain.data.location import Location
 from distrain.data.predictions import OutputColumns, PredictionFile, all_or_nothing, kept_fields, target_files
+from distrain.data.ragged import Batch, cut, pad
 from distrain.errors import ConfigError, DataError, DistrainError, TrainingError
 from distrain.learning.fit import num_outputs
 from distrain.learning.model_state import restore_model
@@ -39,17 +40,17 @@ def evaluate(
     """
     checkpoint = _loaded(checkpoint, root)
     config = TrainConfig.from_mapping(checkpoint.manifest["config"])
-    rows = _batch_rows(config, batch_size)
-    dataset = _open(checkpoint, config, _validation_data(config) if data is None else data, with_labels=True)
+    rows = batch_rows(config, batch_size)
+    dataset = open_data(checkpoint, config, _validation_data(config) if data is None else data, with_labels=True)
     known = config.model.model_copy(update={"outputs": checkpoint.manifest["num_outputs"]})
     num_outputs(known, config.loss, dataset)  # refuses labels that do not fit, as far as footers tell
-    task = _restored_task(checkpoint, config)
+    task = restored_task(checkpoint, config)
     loss = weight = 0.0
     sums = torch.zeros(task.metrics.num_sums, dtype=torch.float64)
     with torch.inference_mode():
         for number, group in enumerate(dataset.row_groups):
             for tensors in dataset.read(number, 0, group.num_rows):
-                for batch in _cut(tensors, rows):
+                for batch in cut(tensors, rows):
                     with _blame(dataset.place(number), batch):
                         outputs = forward(task.model, batch)
                         total, count = task.loss.total(outputs, batch, torch.float64)
@@ -81,10 +82,10 @@ def predict(
     """
     checkpoint = _loaded(checkpoint, root)
     config = TrainConfig.from_mapping(checkpoint.manifest["config"])
-    rows = _batch_rows(config, batch_size)
-    dataset = _open(checkpoint, config, data, with_labels=False)
+    rows = batch_rows(config, batch_size)
+    dataset = open_data(checkpoint, config, data, with_labels=False)
     targets = target_files(dataset, output)
-    task = _restored_task(checkpoint, config)
+    task = restored_task(checkpoint, config)
     with torch.inference_mode():
         width = _first_outputs(task, dataset, rows).flatten(1).shape[1]
         made = OutputColumns(config.loss.kind, tuple(checkpoint.manifest["labels"]), width, probabilities)
@@ -109,7 +110,7 @@ def _predicted(
     """The rows of a row group as they are written."""
     kept = tuple(schema.names[: len(schema) - len(made.fields)])
     for beside, tensors in dataset.read_beside(row_group, 0, dataset.row_groups[row_group].num_rows, kept):
-        outputs = torch.cat([_outputs(task, batch, dataset.place(row_group)) for batch in _cut(tensors, rows)])
+        outputs = torch.cat([_outputs(task, batch, dataset.place(row_group)) for batch in cut(tensors, rows)])
         yield pa.RecordBatch.from_arrays(
             [*(beside.column(name) for name in kept), *made.arrays(outputs)], schema=schema
         )
@@ -129,7 +130,7 @@ def _outputs(task: Task, batch: Batch, where: Location) -> Tensor:
 def _first_outputs(task: Task, dataset: Dataset, rows: int) -> Tensor:
     number = next(number for number, group in enumerate(dataset.row_groups) if group.num_rows)
     first = next(dataset.read(number, 0, min(rows, dataset.row_groups[number].num_rows)))
-    return _outputs(task, first, dataset.place(number))
+    return _outputs(task, pad(first), dataset.place(number))
 
 
 def _row_groups_of(dataset: Dataset, files: Sequence[int]) -> list[int]:
@@ -137,13 +138,17 @@ def _row_groups_of(dataset: Dataset, files: Sequence[int]) -> list[int]:
     return [number for number, group in enumerate(dataset.row_groups) if group.file in wanted]
 
 
-def _open(checkpoint: Checkpoint, config: TrainConfig, paths: Paths, with_labels: bool) -> Dataset:
+def open_data(checkpoint: Checkpoint, config: TrainConfig, paths: Paths, with_labels: bool) -> Dataset:
     """Open data with the columns that the model was trained on, whatever other columns there are."""
     features = list(checkpoint.manifest["features"])
-    dataset = open_dataset(paths, config.data.model_copy(update={"features": features}), with_labels=with_labels)
+    data = config.data.model_copy(update={"features": features})
+    dataset = open_dataset(paths, data, with_labels=with_labels, vocabulary=config.model.vocabulary)
     expected, found = checkpoint.manifest["num_features"], dataset.columns.num_features
     if expected != found:
         raise DataError(f"{dataset.source}: {found} features a row, the model was trained on {expected}")
+    if dataset.columns.image_shape != _image_shape(checkpoint):
+        shapes = dataset.columns.image_shape, _image_shape(checkpoint)
+        raise DataError(f"{dataset.source}: images of {shapes[0]}, the model was trained on {shapes[1]}")
     return dataset
 
 
@@ -155,28 +160,36 @@ def _validation_data(config: TrainConfig) -> Paths:
     return config.data.validation
 
 
-def _batch_rows(config: TrainConfig, batch_size: int | None) -> int:
-    rows = config.validation.batch_size or config.batch_size if batch_size is None else batch_size
+def batch_rows(config: TrainConfig, batch_size: int | None) -> int:
+    """How many rows go through the model at a time: as many as given, else as in the run's validation."""
+    size = None if config.batch_size == "full" else config.batch_size
+    rows = config.validation.batch_size or size or config.forward_rows if batch_size is None else batch_size
+    assert rows is not None
     if rows < 1:
         raise ConfigError(f"batch_size is {rows}: at least 1 row is needed")
     return rows
 
 
-def _restored_task(checkpoint: Checkpoint, config: TrainConfig) -> Task:
+def _image_shape(checkpoint: Checkpoint) -> tuple[int, int, int] | None:
+    shape = checkpoint.manifest.get("image_shape")
+    return tuple(shape) if shape is not None else None
+
+
+def task_spec(checkpoint: Checkpoint, config: TrainConfig) -> TaskSpec:
+    """What a checkpoint's run learned: enough to build its model as it began."""
+    manifest, standardize = checkpoint.manifest, config.data.standardize
+    return TaskSpec(
+        config.model, config.loss, manifest["num_features"], manifest["num_outputs"], standardize, config.seed,
+        _image_shape(checkpoint),
+    )  # fmt: skip
+
+
+def restored_task(checkpoint: Checkpoint, config: TrainConfig) -> Task:
     """Model, loss and metrics with the checkpoint's weights, ready to evaluate."""
-    manifest = checkpoint.manifest
-    outputs, standardize = manifest["num_outputs"], config.data.standardize
-    task = build_task(TaskSpec(config.model, config.loss, manifest["num_features"], outputs, standardize, config.seed))
+    task = build_task(task_spec(checkpoint, config))
     restore_model(task.model, checkpoint.model)
     task.model.eval()
     return task
-
-
-def _cut(tensors: Batch, rows: int) -> Iterator[Batch]:
-    """Cut a batch into batches of at most `rows` rows."""
-    total = len(next(iter(tensors.values())))
-    for start in range(0, total, rows):
-        yield {name: tensor[start : start + rows] for name, tensor in tensors.items()}
 
 
 @contextmanager

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import os
 import shlex
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from distrain.config import TrainConfig
 from distrain.errors import ClusterError, ConfigError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _AGENT_S = 60.0  # for the head's agent, which takes a job, to come up
+_ANSWER_S = 10.0
 _GRACE_S = 60  # between a stop's SIGTERM and SIGKILL: for the step and the checkpoint
 # Of the folder that travels: what is data or output, and what no job needs.
 _EXCLUDES = [
@@ -35,6 +38,14 @@ _EXCLUDES = [
     ".venv/",
     "venv/",
 ]
+# What Ray's client says about itself on the way.
+_LOG_LEVELS = {
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+    "ray._private.runtime_env.packaging": logging.WARNING,
+    "ray._private.runtime_env.working_dir": logging.ERROR,
+    "ray.dashboard.modules.dashboard_sdk": logging.WARNING,
+    "ray.dashboard.modules.job.sdk": logging.WARNING,
+}
 
 
 @dataclass(frozen=True)
@@ -53,27 +64,29 @@ class Jobs:
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _DEFAULT_ADDRESS
-        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
-        logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+        for name, level in _LOG_LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         with self._reaching():
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # RAY_AUTH_MODE unset, and there is one
             self._client = JobSubmissionClient(self.address)
 
-    def submit(self, path: Path, config: TrainConfig, overrides: Sequence[str], name: str | None = None) -> str:
+    def submit(self, path: Path, overrides: Sequence[str], name: str | None = None) -> str:
         """Submit a training, and return the job's id.
 
         The current folder travels along, without data and checkpoints, so that the configuration and the user's modules
-        are there. Paths in the configuration are made absolute, since the job runs in a copy of the folder: they have
-        to mean the same on the cluster. With a `name`, a job submitted again goes on where the one before it ended.
+        are there. The job runs in a copy of it, and takes relative paths from the folder itself: they have to mean the
+        same on the cluster. Where it tracks and keeps checkpoints is the cluster's to say (MLFLOW_TRACKING_URI,
+        DISTRAIN_CHECKPOINT_DIR) unless the configuration does. With a `name`, a job submitted again goes on where the
+        one before it ended.
         """
         here = Path.cwd()
         if not path.resolve().is_relative_to(here.resolve()):
             raise ConfigError(
                 f"{path}: the configuration must be in the current folder, {here}, which travels with the job"
             )
-        settings = [*overrides, *absolute_paths(config, here)]
-        if name is not None:
-            settings += [f"tracking.run_name={name}", "resume=auto"]
-        command = ["python", "-m", "distrain.cli", "train", str(path.resolve().relative_to(here.resolve())), *settings]
+        settings = [*overrides, *([f"tracking.run_name={name}", "resume=auto"] if name is not None else [])]
+        config = str(path.resolve().relative_to(here.resolve()))
+        command = ["python", "-m", "distrain.cli", "train", config, "--folder", str(here), *settings]
         environment = {
             "working_dir": str(here),
             "excludes": _EXCLUDES,
@@ -120,13 +133,29 @@ class Jobs:
         with self._reaching(job_id):
             return bool(self._client.stop_job(job_id))
 
+    def ray_version(self) -> str:
+        """The cluster's version of Ray."""
+        with self._reaching():
+            return str(self._client._do_request("GET", "/api/version").json()["ray_version"])
+
+    def takes_anyone(self) -> bool:
+        """Whether the cluster takes jobs without its token, and so from anyone who can reach it."""
+        try:
+            with urllib.request.urlopen(f"{self.address.rstrip('/')}/api/jobs/", timeout=_ANSWER_S):
+                return True
+        except urllib.error.HTTPError:
+            return False
+        except (OSError, http.client.HTTPException) as error:
+            raise ClusterError(f"no Ray dashboard answers as it should at {self.address}: {error}") from error
+
     @contextmanager
     def _reaching(self, job_id: str | None = None) -> Iterator[None]:
         try:
             yield
         except AuthenticationError as error:
             raise ClusterError(
-                f"the cluster at {self.address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+                f"the cluster at {self.address} wants its token, and got none or another: it is looked for in "
+                "~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names"
             ) from error
         except (ConnectionError, RuntimeError, OSError) as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -145,21 +174,3 @@ def exit_code(state: JobState) -> int:
     if state.exit_code is not None:
         return state.exit_code if state.exit_code >= 0 else 128 - state.exit_code
     return 0 if state.status == JobStatus.SUCCEEDED.value else 1
-
-
-def absolute_paths(config: TrainConfig, here: Path) -> list[str]:
-    """Overrides that make the configuration's relative paths absolute."""
-    overrides = []
-    for key, value in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if value is not None:
-            paths = [_absolute(path, here) for path in ([value] if isinstance(value, str) else value)]
-            overrides.append(f"{key}={paths[0] if isinstance(value, str) else paths}")
-    overrides.append(f"checkpoint.dir={_absolute(config.checkpoint.dir, here)}")
-    uri = config.tracking.uri
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        overrides.append(f"tracking.uri=sqlite:///{_absolute(uri.removeprefix('sqlite:///'), here)}")
-    return overrides
-
-
-def _absolute(path: str, here: Path) -> str:
-    return path if urlsplit(path).scheme and "://" in path else str(here / path)

@@ -7,11 +7,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distrain import __version__
 from distrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from distrain.storage import Place
 
 FORMAT = 1  # of the checkpoint's folder; a reader refuses a newer one
 MANIFEST = "manifest.json"
@@ -27,7 +29,7 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(plain, indent=1, allow_nan=False).encode()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Place) -> dict[str, Any]:
     """Return the manifest in a checkpoint's folder.
 
     Raises CheckpointError where it is missing, unreadable, damaged, or of a newer format.

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]  # whom Ray Serve asks for draining nodes
+import torch
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]  # as Ray Serve does
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from distrain.config import WorkersConfig
+from distrain.devices.cuda import cuda_problem
 from distrain.errors import ClusterError
+from distrain.ray_guard import RayGuard
+from distrain.signals import SIGNALS
 
 _LOCAL_WORKERS_PER_CORE = 4  # a Ray of our own lends a core to this many workers, more slowly
 _OBJECT_STORE_BYTES = 128 * 1024 * 1024  # only checkpoints pass through it
 _RESERVE_SECONDS = 30.0
+_PATIENCE_SECONDS = 5.0  # after which a Ray of our own, which nobody else uses, has lost the room; doubled each time
+_ANSWER_SECONDS = 5.0
 _GROW_SECONDS = 2.0  # for workers beyond those that are needed, at the start
 
 
@@ -32,10 +45,19 @@ class Resources:
     asked_cpus: float
     there_cpus: float
     shared_cores: bool
+    asked_gpus: float = 0.0
+    there_gpus: float = 0.0
 
 
-def check_local_room(num_workers: int, cpus: float) -> Resources:
+def bundle(workers: WorkersConfig, rank: int) -> dict[str, float]:
+    """What the worker of this rank asks Ray for."""
+    gpus = workers.gpus_of(rank)
+    return {"CPU": workers.cpus, "GPU": gpus} if gpus else {"CPU": workers.cpus}
+
+
+def check_local_room(workers: WorkersConfig) -> Resources:
     """What a Ray of our own on this machine offers. Raises ClusterError when far too little."""
+    num_workers, cpus = workers.count, workers.cpus
     asked, cores = num_workers * cpus, float(os.cpu_count() or 1)
     if asked > cores * _LOCAL_WORKERS_PER_CORE:
         raise ClusterError(
@@ -43,7 +65,92 @@ def check_local_room(num_workers: int, cpus: float) -> Resources:
             f"shares a core among at most {_LOCAL_WORKERS_PER_CORE} workers. Lower workers.count or workers.cpus, or "
             "give the address of a cluster (cluster.address)"
         )
-    return Resources(asked, cores, asked > cores)
+    asked_gpus = _gpus(workers, workers.count)
+    there_gpus = float(torch.cuda.device_count()) if asked_gpus else 0.0
+    _check_gpus(workers, workers.count, there_gpus, f"this machine has {there_gpus:g}")
+    return Resources(asked, cores, asked > cores, asked_gpus, there_gpus)
+
+
+def _each(workers: WorkersConfig) -> str:
+    """What a worker asks for, in words."""
+    return f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
+
+
+def _gpus(workers: WorkersConfig, count: int) -> float:
+    """The GPUs that so many workers ask for."""
+    return sum(workers.gpus_of(rank) for rank in range(count))
+
+
+def _check_gpus(workers: WorkersConfig, count: int, there: float, says: str) -> None:
+    """Raises ClusterError when so many workers ask for more GPUs than there are."""
+    asked = _gpus(workers, count)
+    if asked > there:
+        some = sum(workers.gpus_of(rank) > 0 for rank in range(count))
+        why = cuda_problem() if says.startswith("this machine") else None
+        raise ClusterError(
+            f"asked for {asked:g} GPUs ({some} workers of {workers.gpus:g}), {says}{f' ({why})' if why else ''}. "
+            "Lower workers.gpus or workers.gpu_count (0 and null: compute on CPUs), or add nodes with GPUs"
+        )
+
+
+def token_source() -> str:
+    """Where Ray takes a cluster's token from, in words. Raises ClusterError where it is told to and there is none."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode == "disabled":
+        return "none is used (RAY_AUTH_MODE=disabled)"
+    try:
+        is_there = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except AuthenticationError as error:
+        raise ClusterError(str(error).partition(". ")[0]) from error
+    if not is_there:
+        if mode == "token":
+            raise ClusterError("RAY_AUTH_MODE=token, and there is no token")
+        return "none yet; a Ray of its own makes one"
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return "from RAY_AUTH_TOKEN"
+    return f"from {os.environ.get('RAY_AUTH_TOKEN_PATH') or '~/.ray/auth_token'}"
+
+
+def check_answers(address: str) -> None:
+    """Raises ClusterError where no Ray cluster answers at HOST:PORT, or not to this token.
+
+    To be asked before `ray.init`, which ends the whole program where there is no answer, and asks again for a minute
+    where the token is wrong. What names no host and port is left to Ray.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or "//" in host or not port.isdigit():
+        return
+    with closing(http.client.HTTPConnection(host, int(port), timeout=_ANSWER_SECONDS)) as connection:
+        try:
+            connection.connect()
+        except OSError as error:
+            raise ClusterError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
+    try:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does
+        GcsClient(address=address)
+    except Exception as error:
+        if isinstance(error, AuthenticationError) or "Unauthenticated" in str(error):
+            raise ClusterError(
+                f"the cluster at {address} wants its token, and got none or another: it is looked for in "
+                "~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names"
+            ) from error
+        raise ClusterError(f"no Ray cluster answers as it should at {address}: {error}") from error
+
+
+def _init(**settings: Any) -> None:
+    """`ray.init`, which leaves this process its signal handlers: Ray's SIGTERM handler ends the program."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if is_main else {}
+    try:
+        ray.init(**settings)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _is_lost(table: dict[str, Any]) -> bool:
+    """Whether Ray lost a call as it gave a group room. It then tries again for ever, and holds up every other group."""
+    return bool(table["state"] != "CREATED" and table["stats"]["scheduling_state"] == "FAILED_TO_COMMIT_RESOURCES")
 
 
 class Cluster:
@@ -55,16 +162,17 @@ class Cluster:
     """
 
     def __init__(self, address: str | None, workers: WorkersConfig) -> None:
-        self._num_workers, self._cpus = workers.count, workers.cpus
+        self._workers, self._num_workers, self._cpus = workers, workers.count, workers.cpus
         self._needed, self._most = workers.needed, workers.most
         self._temporary: str | None = None
+        self._guard: RayGuard | None = None
         self._owned = not ray.is_initialized()
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         self.is_local = self._owned and address == "local"
         self._groups: list[PlacementGroup] = []
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about GPUs
         if self.is_local:
-            self.resources = check_local_room(workers.count, workers.cpus)
+            self.resources = check_local_room(workers)
             self._start_local()
         elif self._owned:
             self._attach(address)
@@ -76,10 +184,12 @@ class Cluster:
 
     def _start_local(self) -> None:
         self._temporary = tempfile.mkdtemp(prefix="distrain-ray-")
+        self._guard = RayGuard(self._temporary)
         try:
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, int(-(-self.resources.asked_cpus // 1))),
+                num_gpus=int(self.resources.there_gpus) or None,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
@@ -93,14 +203,16 @@ class Cluster:
             raise ClusterError(f"a local Ray could not be started: {error}") from error
 
     def _attach(self, address: str) -> None:
+        check_answers(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+            _init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
         except Exception as error:
             self._owned = False
             raise ClusterError(f"no Ray cluster could be reached at {address}: {error}") from error
 
     def _check_room(self) -> Resources:
-        asked, there = self._num_workers * self._cpus, ray.cluster_resources().get("CPU", 0.0)
+        all_there = ray.cluster_resources()
+        asked, there = self._num_workers * self._cpus, all_there.get("CPU", 0.0)
         needed = self._needed * self._cpus
         if needed > there:
             key = "workers.count" if self._needed == self._num_workers else "workers.min"
@@ -108,21 +220,15 @@ class Cluster:
                 f"asked for {needed:g} CPUs ({self._needed} workers of {self._cpus:g}), the cluster has {there:g}. "
                 f"Lower {key} or workers.cpus, or add nodes"
             )
-        return Resources(asked, there, False)
+        gpus = all_there.get("GPU", 0.0)
+        _check_gpus(self._workers, self._needed, gpus, f"the cluster has {gpus:g}")
+        return Resources(asked, there, False, _gpus(self._workers, self._num_workers), gpus)
 
     def reserve(self) -> Placement:
         """Reserve room for the workers that are needed, together. Raises ClusterError when it is not to be had within
         30 s."""
-        group = placement_group([{"CPU": self._cpus}] * self._needed, strategy="PACK")
-        self._groups.append(group)
-        if not group.wait(_RESERVE_SECONDS):
-            free = ray.available_resources().get("CPU", 0.0)
-            raise ClusterError(
-                f"asked for {self._needed} workers of {self._cpus:g} CPUs, and no room came free within "
-                f"{_RESERVE_SECONDS:g} s: {free:g} of {self.resources.there_cpus:g} CPUs are free. Others use the "
-                "cluster, or no node has that many CPUs"
-            )
-        placement = Placement(group, self._needed, self._cpus, self._groups, may_grow=self._needed < self._most)
+        group = self._await_room()
+        placement = Placement(group, self._needed, self._workers, self._groups, may_grow=self._needed < self._most)
         for rank in range(self._needed, self._most):
             placement.ask(rank)
         until = time.monotonic() + _GROW_SECONDS
@@ -130,6 +236,33 @@ class Cluster:
             placement.arrived()
             time.sleep(0.05)
         return placement
+
+    def _await_room(self) -> PlacementGroup:
+        """A placement group that is there. What Ray loses of the calls that make it is asked for again."""
+        until, patience, group = time.monotonic() + _RESERVE_SECONDS, _PATIENCE_SECONDS, None
+        while True:
+            if group is None:
+                group = placement_group([bundle(self._workers, rank) for rank in range(self._needed)], strategy="PACK")
+                self._groups.append(group)
+            if group.wait(max(min(patience, until - time.monotonic()), 0.0)):
+                return group
+            if time.monotonic() >= until:
+                break
+            if _is_lost(placement_group_table(group)):
+                self._groups.remove(group)
+                remove_placement_group(group)
+                group = None
+            elif self.is_local:
+                # A call's answer was lost: the node holds the room, and nobody knows. Only a new Ray gets it back.
+                self.close()
+                self._start_local()
+                group, patience = None, 2 * patience
+        free = ray.available_resources().get("CPU", 0.0)
+        raise ClusterError(
+            f"asked for {self._needed} workers of {_each(self._workers)}, and no room came free within "
+            f"{_RESERVE_SECONDS:g} s: {free:g} of {self.resources.there_cpus:g} CPUs are free. Others use the "
+            "cluster, or no node has as much for one worker"
+        )
 
     def close(self) -> None:
         """Give the room back; end a Ray of our own and remove its files."""
@@ -140,6 +273,9 @@ class Cluster:
                 ray.shutdown()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
         self._groups = []
 
 
@@ -159,9 +295,14 @@ class Placement:
     """
 
     def __init__(
-        self, group: PlacementGroup, num_workers: int, cpus: float, groups: list[PlacementGroup], may_grow: bool
+        self,
+        group: PlacementGroup,
+        num_workers: int,
+        workers: WorkersConfig,
+        groups: list[PlacementGroup],
+        may_grow: bool,
     ) -> None:
-        self._group, self._cpus, self._groups, self._may_grow = group, cpus, groups, may_grow
+        self._group, self._workers, self._groups, self._may_grow = group, workers, groups, may_grow
         self._rooms = {rank: _Room(group, rank) for rank in range(num_workers)}
         self._asked: dict[int, PlacementGroup] = {}
         self._cluster_state = GcsClient(address=ray.get_runtime_context().gcs_address)
@@ -190,8 +331,8 @@ class Placement:
         """
         if not self._group.wait(_RESERVE_SECONDS):
             raise ClusterError(
-                f"the cluster has lost nodes, and no room for {len(self._rooms)} workers of {self._cpus:g} CPUs came "
-                f"free within {_RESERVE_SECONDS:g} s"
+                f"the cluster has lost nodes, and no room for {len(self._rooms)} workers of {_each(self._workers)} "
+                f"came free within {_RESERVE_SECONDS:g} s"
             )
         leaving = self.draining()
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -199,15 +340,30 @@ class Placement:
         candidates = [node for node, _ in counts.most_common() if node not in leaving] or list(alive - leaving.keys())
         self.server_node = candidates[0] if candidates else next(iter(alive))
 
+    def nodes_of_slices(self, count: int) -> list[str]:
+        """The nodes of so many servers of slices, beside the server's: each on another one where there are enough,
+        those of the most workers first, as they have relays anyway."""
+        leaving = self.draining()
+        workers = Counter(self.nodes().values())
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+        nodes.sort(key=lambda node: (node == self.server_node, -workers[node]))
+        nodes = nodes or [self.server_node]
+        return [nodes[number % len(nodes)] for number in range(count)]
+
     def ask(self, rank: int) -> None:
         """Ask for room for a worker, or for other room than it has. It comes when the cluster has it: see `arrived`."""
         if rank not in self._asked:
-            self._asked[rank] = placement_group([{"CPU": self._cpus}])
+            self._asked[rank] = placement_group([bundle(self._workers, rank)])
             self._groups.append(self._asked[rank])
 
     def arrived(self) -> list[int]:
         """The ranks whose room has come since the last call."""
-        ranks = [rank for rank, group in self._asked.items() if placement_group_table(group)["state"] == "CREATED"]
+        tables = {rank: placement_group_table(group) for rank, group in self._asked.items()}
+        for rank in [rank for rank, table in tables.items() if _is_lost(table)]:
+            self._groups.remove(group := self._asked.pop(rank))
+            remove_placement_group(group)
+            self.ask(rank)
+        ranks = [rank for rank, table in tables.items() if table["state"] == "CREATED"]
         for rank in ranks:
             self._rooms[rank] = _Room(self._asked.pop(rank), 0)
         return ranks
@@ -232,4 +388,7 @@ class Placement:
         return PlacementGroupSchedulingStrategy(room.group, placement_group_bundle_index=room.bundle)
 
     def for_server(self) -> NodeAffinitySchedulingStrategy:
-        return NodeAffinitySchedulingStrategy(self.server_node, soft=False)
+        return self.on(self.server_node)
+
+    def on(self, node: str) -> NodeAffinitySchedulingStrategy:
+        return NodeAffinitySchedulingStrategy(node, soft=False)

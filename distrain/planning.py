@@ -9,10 +9,11 @@ import torch
 from distrain.config import TrainConfig
 from distrain.errors import DistrainError
 from distrain.exchange.memory import Layout
+from distrain.learning.fit import check_task
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.schedules import build_schedule
 from distrain.learning.task import build_task
-from distrain.placement import Cluster, check_local_room
+from distrain.placement import Cluster, Resources, check_local_room
 from distrain.preparation import Preparation, prepare
 from distrain.preview import FilePreview, Preview
 from distrain.worker import Source
@@ -27,8 +28,10 @@ def preview(config: TrainConfig) -> Preview:
     """
     preparation = prepare(config)
     torch.manual_seed(config.seed)
-    model = build_task(preparation.task).model
-    build_schedule(build_optimizer(model, config.optimizer), config.schedule)
+    task = build_task(preparation.task)
+    check_task(task, preparation.train.dataset, preparation.train.plan.smallest_forward)
+    model = task.model
+    build_schedule(build_optimizer(model, config.optimizer.scaled(preparation.train.plan.batch_size)), config.schedule)
     layout = Layout.of(model)
     num_parameters = sum(p.numel() for p in model.parameters())
     plan = preparation.train.plan
@@ -40,9 +43,9 @@ def preview(config: TrainConfig) -> Preview:
         num_validation_rows=preparation.validation.plan.num_rows if preparation.validation is not None else 0,
         num_features=preparation.task.num_features,
         num_outputs=preparation.task.num_outputs,
-        batch_size=config.batch_size,
+        batch_size=plan.batch_size,
         num_shards=plan.num_shards,
-        smallest_microbatch=plan.smallest_microbatch,
+        smallest_microbatch=plan.smallest_forward,
         steps_per_epoch=preparation.updates_per_epoch,
         epochs=config.epochs,
         total_steps=min(steps, config.max_steps) if config.max_steps is not None else steps,
@@ -51,7 +54,7 @@ def preview(config: TrainConfig) -> Preview:
         worker_bytes=_worker_bytes(config, preparation, layout),
         server_bytes={
             "process": _PROCESS_BYTES,
-            "parameters": _published_vectors(config) * layout.published_bytes,
+            "parameters": _parameters_bytes(config, layout),
             "gradients": layout.vector_bytes,
             "optimizer": 2 * layout.vector_bytes,
             "checkpoint": 3 * layout.vector_bytes,
@@ -91,40 +94,48 @@ def _staleness(config: TrainConfig) -> int:
     return config.server.staleness or 0 if config.server.mode == "sync" else 0
 
 
-def _published_vectors(config: TrainConfig) -> int:
-    """How many vectors of parameters the server holds: the current ones, and what workers read beside them."""
+def _parameters_bytes(config: TrainConfig, layout: Layout) -> int:
+    """The parameters that the server holds: the current ones, what workers read beside them, and as it is sent."""
     if config.server.mode == "async":
-        return 1 + config.workers.count
-    return 1 if not config.server.staleness else 2 + config.server.staleness
+        return (1 + config.workers.count) * layout.published_bytes
+    is_rounded, read = config.server.wire_dtype != "fp32", 1 + _staleness(config)
+    vectors = 1 if read == 1 and not is_rounded else 1 + read
+    return vectors * layout.published_bytes + is_rounded * read * layout.published_bytes // 2
 
 
 def _largest_window(source: Source) -> int:
-    """Bytes of the largest window of the first epoch."""
+    """Bytes of the largest window of the first epoch, estimated for ragged rows and a transform."""
     plan, columns = source.plan, source.dataset.columns
     rows = max((w.num_rows for k in range(plan.num_shards) for w in plan.windows(0, k)), default=0)
     if columns.num_features is None:
         groups = source.dataset.row_groups
         return rows * sum(group.num_bytes for group in groups) // max(1, source.dataset.num_rows)
-    return rows * (4 * columns.num_features + 8 * len(columns.labels))
+    value_bytes = 1 if columns.image_shape is not None else 4
+    return rows * (value_bytes * columns.num_features + 8 * len(columns.labels))
 
 
 def _resources(config: TrainConfig) -> tuple[str, dict[str, float], dict[str, float], tuple[str, ...]]:
     """Where it would run, what is asked for, what is there, and what to mind."""
     count, cpus = config.workers.count, config.workers.cpus
-    asked = {"CPU": count * cpus}
+    gpus = sum(config.workers.gpus_of(rank) for rank in range(count))
+    asked = {"CPU": count * cpus, **({"GPU": gpus} if gpus else {})}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         try:
-            room = check_local_room(count, cpus)
+            room = check_local_room(config.workers)
         except DistrainError as error:
             return "a local Ray of its own", asked, {"CPU": float(os.cpu_count() or 1)}, (error.message,)
         shared = (f"{count} workers would share {room.there_cpus:g} cores",) if room.shared_cores else ()
-        return "a local Ray of its own", asked, {"CPU": room.there_cpus}, shared
+        return "a local Ray of its own", asked, _there(room), shared
     try:
         cluster = Cluster(address, config.workers)
     except DistrainError as error:
         return address, asked, {}, (error.message,)
     try:
-        return address, asked, {"CPU": cluster.resources.there_cpus}, ()
+        return address, asked, _there(cluster.resources), ()
     finally:
         cluster.close()
+
+
+def _there(room: Resources) -> dict[str, float]:
+    return {"CPU": room.there_cpus, **({"GPU": room.there_gpus} if room.asked_gpus else {})}

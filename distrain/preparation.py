@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from distrain.config import TrainConfig
 from distrain.data.dataset import open_dataset
 from distrain.data.plan import Plan
-from distrain.errors import ConfigError
-from distrain.learning.fit import num_outputs
+from distrain.errors import ConfigError, DataError
+from distrain.learning.fit import check_task, num_outputs
 from distrain.learning.metrics import Metrics
-from distrain.learning.task import TaskSpec
+from distrain.learning.models import check_features
+from distrain.learning.task import TaskSpec, build_task
 from distrain.worker import Source
 
 
@@ -35,17 +36,25 @@ class Preparation:
 def prepare(config: TrainConfig) -> Preparation:
     """Open the data sets and plan the run.
 
-    Raises DataError for data that cannot be used, ConfigError for a loss that does not fit the label.
+    Raises DataError for data that cannot be used, ConfigError for a loss that does not fit the label, or a model
+    that does not fit the features.
     """
     _check_metrics(config)
     shards = config.resolved_shards
-    dataset = open_dataset(config.data.train, config.data)
-    train = Source(dataset, Plan(dataset.row_counts, config.batch_size, shards, config.data.shuffle_rows, config.seed))
+    dataset = open_dataset(config.data.train, config.data, vocabulary=config.model.vocabulary)
+    if dataset.is_constant and dataset.num_rows > 1:
+        raise DataError(
+            f"{dataset.source}: every feature is constant over all {dataset.num_rows:,} rows: there is nothing to learn"
+        )
+    check_features(config.model, dataset.columns.num_features, dataset.columns.image_shape)
+    rows = config.step_rows(sum(dataset.row_counts))
+    plan = Plan(dataset.row_counts, rows, shards, config.data.shuffle_rows, config.seed, True, config.forward_rows)
+    train = Source(dataset, plan)
     validation = None
     if config.data.validation is not None:
         held_out = open_dataset(config.data.validation, config.data, like=dataset)
-        batch_size = config.validation.batch_size or config.batch_size
-        plan = Plan(held_out.row_counts, batch_size, shards, config.data.shuffle_rows, shuffle=False)
+        rows = config.validation.batch_size or config.step_rows(sum(held_out.row_counts))
+        plan = Plan(held_out.row_counts, rows, shards, config.data.shuffle_rows, 0, False, config.forward_rows)
         validation = Source(held_out, plan)
     task = TaskSpec(
         model=config.model,
@@ -54,9 +63,21 @@ def prepare(config: TrainConfig) -> Preparation:
         num_outputs=num_outputs(config.model, config.loss, dataset),
         standardize=config.data.standardize,
         seed=config.seed,
+        image_shape=dataset.columns.image_shape,
     )
     updates = train.plan.num_microbatches if config.server.mode == "async" else train.plan.steps_per_epoch
     return Preparation(train, validation, task, updates)
+
+
+def check_own_code(preparation: Preparation) -> None:
+    """Build a model or loss that is the user's own, and run two rows through it: what does not fit is said before Ray
+    starts. Those by name are checked without being built, since a large model takes its time.
+
+    Raises ConfigError, and what the user's code raises while it builds.
+    """
+    task, train = preparation.task, preparation.train
+    if task.model.factory is not None or task.loss.factory is not None:
+        check_task(build_task(task), train.dataset, train.plan.smallest_forward)
 
 
 def _check_metrics(config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ class Preview:
     files: tuple[FilePreview, ...]
     num_rows: int
     num_validation_rows: int
-    num_features: int | None  # None: a transform decides
+    num_features: int | None  # None: a transform decides, or rows differ in length
     num_outputs: int | None
     batch_size: int
     num_shards: int

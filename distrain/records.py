@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class LayerLook:
+    """One layer at one update; norms are L2. What does not apply, or is not known, is None."""
+
+    name: str
+    kind: str  # the module's class
+    grad_norm: float  # of the averaged gradient, before clipping
+    num_parameters: int
+    weight_norm: float  # before the update
+    update_ratio: float | None  # norm of the update over that of the weights
+    activation_norm: float | None  # root mean square over the rows and units
+    dead_share: float | None  # share of the units at a flat end of their activation (a ReLU's 0) for all rows
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One finished step. Seconds are wall-clock; data and compute are means over the workers."""
 
@@ -28,8 +42,13 @@ class StepRecord:
     penalty: float = 0.0  # on the weights, beside the loss
     staleness: int = 0  # updates between the parameters that the gradient was computed from, and this update
     dropped: int = 0  # microbatches that came too late for the quorum
+    skipped: int = 0  # microbatches whose loss or gradient was not finite
+    skipped_rows: int = 0  # theirs, which are not among the samples
     noise_scale: float | None = None  # rows; see study.noise_scale. Of late, and of the whole run
     critical_batch_size: float | None = None
+    loss_scale: float | None = None  # fp16: what the loss was multiplied by before it was differentiated
+    overflowed: bool = False  # fp16: the gradient overflowed, and the update was left out
+    layers: tuple[LayerLook, ...] = ()  # in the steps that are looked at
     # (incarnation, the plan's step from 0, first shard, stop), as the ledger took them
     taken: tuple[tuple[int, int, int, int], ...] = ()
 
@@ -51,7 +70,7 @@ class Event:
     """Something a person should hear about: a worker joined or was lost, a push was refused, a run stopped early."""
 
     time_ms: int
-    kind: str  # joined, left, lost, recovered, refused, restored, checkpoint, stopped
+    kind: str  # joined, left, lost, recovered, refused, restored, checkpoint, skipped, warning, stopped
     message: str
     step: int = 0
     rank: int = -1  # the worker concerned

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +18,25 @@ from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, di
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
 from distrain.crew import MOVING, Crew, worker_threads
-from distrain.errors import CheckpointError, Interrupted, ServerLost, TrackingError
+from distrain.data.plan import Plan
+from distrain.devices import Arithmetic
+from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLost, TrackingError
+from distrain.final_model import log_model
 from distrain.history import History
-from distrain.learning.model_state import restore_model
-from distrain.learning.models import inputs_of
 from distrain.learning.overfitting import Look, overfitting
-from distrain.learning.task import build_task
+from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement
-from distrain.preparation import Preparation, prepare
+from distrain.preparation import Preparation, check_own_code, prepare
 from distrain.progress import Progress, RunInfo, SilentProgress
 from distrain.records import Event, Report
 from distrain.server.loop import LoopSettings, Outcome
+from distrain.server.loss_scale import first_scale
 from distrain.server.stopping import HIGHER_IS_BETTER
 from distrain.signals import SIGNALS, StopSignals
 from distrain.step_sums import StepSums
-from distrain.tracking import DatasetDescription, ModelInput, RunDescription, Tracker, check_reachable, make_tracker
+from distrain.storage import Mirror, Place, place
+from distrain.tracking import DatasetDescription, RunDescription, Tracker, check_reachable, make_tracker
+from distrain.worker import WorkerOptions
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,10 @@ class Result:
     checkpoint: str | None
     rows_per_epoch: int
     worker_failures: int
+    skipped_microbatches: int  # whose loss or gradient was not finite
+    skipped_rows: int
     overfitting: str | None  # where validation turned while training went on
+    warnings: tuple[str, ...]  # what is wrong with the training, by its layers
     peak_worker_bytes: int  # the most memory that a worker held; 0 where it is not known
     seconds: dict[str, float]
 
@@ -80,6 +86,8 @@ class Trainer:
         began: float | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
+        if config.restarts is not None:
+            raise ConfigError("restarts are several runs: distrain train does them, or distrain.study.restarts")
         self.config = config
         self._tags = dict(tags or {})
         self._began = time.time() if began is None else began
@@ -94,9 +102,12 @@ class Trainer:
         self._written = checkpoint.path if checkpoint is not None else None  # the last checkpoint
         self._lost_at: float | None = None  # Unix seconds: a server died, and its steps are not all done again
         self._lost_servers = 0
+        self._warnings: list[str] = []
         self._looks: list[Look] = []  # validations, for signs of overfitting
         self._since: StepSums | None = None  # the steps since the last one
         self._history: History | None = None
+        self._mirrors: dict[str, Mirror] = {}  # local copies of files that are kept elsewhere, by name
+        self._series: RunSeries | None = None  # for Prometheus, on a cluster that outlives the run
         self.run_name = self._run_name()
 
     @classmethod
@@ -129,10 +140,10 @@ class Trainer:
 
         Raises CheckpointError as `resume` does.
         """
-        folder = Path(config.checkpoint.dir, config.tracking.run_name or "")
+        folder = place(config.checkpoint.dir) / (config.tracking.run_name or "")
         if config.resume != "auto" or not has_checkpoints(folder):
             return cls(config, progress, None, began)
-        checkpoint = load(find(str(folder), config.checkpoint.dir).path)
+        checkpoint = load(find(folder).path)
         trainer = cls(config, progress, checkpoint, began)
         trainer._check_resumable(checkpoint, {})
         return trainer
@@ -165,6 +176,7 @@ class Trainer:
         config = self.config
         self._progress.phase("reading footers")
         preparation = prepare(config)
+        check_own_code(preparation)
         if self._checkpoint is not None:
             changed = self._check_resumable(self._checkpoint, preparation.fingerprints)
             for line in changed:
@@ -178,10 +190,9 @@ class Trainer:
         self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
         self._progress.phase("starting Ray")
         cluster = Cluster(config.cluster.address, config.workers)
-        signals.install()  # Ray has installed its own
         try:
             tracker = make_tracker(
-                config.tracking, self._description(preparation, cluster), self._folder, self._progress.note
+                config.tracking, self._description(preparation, cluster), str(self._folder), self._progress.note
             )
             tracker.start()
             status = "FAILED"
@@ -194,6 +205,9 @@ class Trainer:
             finally:
                 self._progress.phase("storing the run in MLflow" if config.tracking.enabled else "ending")
                 tracker.finish(status)
+                self._copy_history()
+                for mirror in self._mirrors.values():
+                    mirror.drop()
         finally:
             cluster.close()
         return result
@@ -226,15 +240,33 @@ class Trainer:
             self._progress.note(
                 f"{self.config.workers.count} workers share the {cluster.resources.there_cpus:g} cores of this machine"
             )
+        if self.config.server.slices > 1 and self.config.diagnostics.every_steps is not None:
+            self._progress.note("diagnostics: layers are not looked at, since server.slices is more than 1")
         placement = cluster.reserve()
         run = RunSpec(
-            preparation.task, preparation.train, preparation.validation, secrets.token_hex(32), (os.getcwd(),)
+            preparation.task,
+            preparation.train,
+            preparation.validation,
+            secrets.token_hex(32),
+            (os.getcwd(),),
+            WorkerOptions(
+                self.config.on_nonfinite == "skip", self.config.diagnostics.every_steps, self.config.server.wire_dtype
+            ),
+            Arithmetic(self.config.workers.precision, self.config.workers.deterministic),
         )
         if self.config.checkpoint.history:
             plan, server = preparation.train.plan, self.config.server
-            path, whole = self._folder / "history.jsonl", server.mode == "sync" and server.quorum is None
+            path, whole = self._mirror("history.jsonl").path, server.mode == "sync" and server.quorum is None
             self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step, whole)
-        crew = Crew(placement, run, self._update_spec(placement), self.config.workers, self._progress.note)
+        crew = Crew(
+            placement,
+            run,
+            self._update_spec(placement, preparation.train.plan),
+            self.config.workers,
+            self._progress.note,
+        )
+        if not cluster.is_local:
+            self._series = RunSeries(self.run_name)
         try:
             outcome = self._train_with(crew, preparation, tracker)
             peak_bytes = crew.peak_worker_bytes()
@@ -277,12 +309,12 @@ class Trainer:
         try:
             while outcome is None:
                 outcome = crew.watch(self._stop_reason)
-                self._report(crew.report(), writer, tracker)
+                self._report(crew.report(), crew.failures, writer, tracker)
         finally:
             writer.close()
         return outcome
 
-    def _report(self, report: Report, writer: CheckpointWriter, tracker: Tracker) -> None:
+    def _report(self, report: Report, failures: int, writer: CheckpointWriter, tracker: Tracker) -> None:
         """Pass on what the server said; steps that a server repeats, which took over from a dead one, were told of."""
         self._remember(lambda history: history.steps(report.steps))
         new = Report(
@@ -296,6 +328,8 @@ class Trainer:
             new.events.append(Event(_now_ms(), "recovered", message, new.steps[0].step, seconds=seconds))
         for event in new.events:
             tracker.event(event)
+            if event.kind == "warning" and event.message not in self._warnings:
+                self._warnings.append(event.message)
         for record in new.steps:
             tracker.step(record)
             self._step = record.step
@@ -311,6 +345,8 @@ class Trainer:
             if self._since is not None:
                 self._looks.append(Look(validation.step, self._since.loss, validation.metrics["loss"]))
                 self._since = None
+        if self._series is not None:
+            self._series.record(new, failures)
         self._progress.report(new)
         writer.wake()
 
@@ -324,28 +360,44 @@ class Trainer:
             self._history = None
             self._progress.note(f"{self._folder / 'history.jsonl'} ends here: {error.strerror or error}")
 
+    def _mirror(self, name: str) -> Mirror:
+        """A file of the run's folder as one of this machine, until the run is over."""
+        if name not in self._mirrors:
+            self._mirrors[name] = Mirror(self._folder / name)
+        return self._mirrors[name]
+
+    def _copy_history(self) -> None:
+        """Copy the history to the checkpoints, if one is kept and they are elsewhere."""
+        if self._history is not None:
+            self._remember(lambda _: self._mirror("history.jsonl").push())
+
     def _go_back(self, why: str, tracker: Tracker) -> Restored | None:
         """Where the next server goes on: the last good checkpoint, or where this run began."""
+        store = CheckpointStore(self._folder)
         try:
-            found = CheckpointStore(self._folder).latest()
+            found = store.latest()
+            damaged = len(found.skipped) if found is not None else 0
         except CheckpointError as error:
             self._progress.note(error.message)
-            found = None
+            found, damaged = None, store.count
         checkpoint = load(found.path) if found is not None else self._checkpoint
         self._written = checkpoint.path if checkpoint is not None else None
         restored = self._restored(checkpoint)
         step = restored.step if restored is not None else 0
         message = f"{why}; going on from step {step}, {self._step - step} steps before the last one reported"
-        self._remember(lambda history: history.restored(step))
+        self._remember(lambda history: history.restored(step, damaged))
         self._progress.note(message)
         tracker.event(Event(_now_ms(), "restored", message, step))
         return restored
 
-    def _update_spec(self, placement: Placement) -> UpdateSpec:
+    def _update_spec(self, placement: Placement, plan: Plan) -> UpdateSpec:
         config = self.config
+        rows = -(-plan.batch_size // plan.num_shards)
+        is_scaled = config.workers.precision == "fp16"
         loop = LoopSettings(
             epochs=config.epochs,
             max_steps=config.max_steps,
+            max_s=config.max_seconds,
             checkpoint_every_steps=config.checkpoint.every_steps,
             checkpoint_every_s=config.checkpoint.every_seconds,
             validation_every_steps=config.validation.every_steps,
@@ -358,17 +410,24 @@ class Trainer:
             asynchronous=config.server.mode == "async",
             staleness=config.server.staleness,
             quorum=config.server.quorum,
+            max_skipped=config.max_skipped,
+            look_every_steps=config.diagnostics.every_steps if config.server.slices == 1 else None,
+            slices=config.server.slices,
         )
         return UpdateSpec(
-            config.optimizer,
+            config.optimizer.scaled(plan.batch_size),
             config.schedule,
             config.clip,
             config.penalty,
+            config.gradient_noise,
+            config.averaging,
             config.server.delay_compensation,
             loop,
             config.server.threads,
             placement.workers_beside_server * config.workers.cpus,
-            placement.spans_nodes,
+            placement.spans_nodes or config.server.slices > 1,
+            first_scale(min(rows, plan.forward_rows or rows)) if is_scaled else None,
+            config.server.wire_dtype,
         )
 
     @staticmethod
@@ -383,7 +442,7 @@ class Trainer:
             return str(self._checkpoint.manifest["run_name"])
         name = self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         unique, number = name, 2
-        while Path(self.config.checkpoint.dir, unique).exists():
+        while (place(self.config.checkpoint.dir) / unique).exists():
             unique, number = f"{name}-{number}", number + 1
         return unique
 
@@ -403,12 +462,14 @@ class Trainer:
                 "labels": list(dataset.columns.labels),
                 "num_features": preparation.task.num_features,
                 "num_outputs": preparation.task.num_outputs,
+                "image_shape": preparation.task.image_shape,
                 "torch": _what_bits_depend_on(config),
             }
 
-        def written(step: int, path: Path) -> None:
+        def written(step: int, path: Place) -> None:
             self._written = path
             self._remember(lambda history: history.durable(step))
+            self._copy_history()
             tracker.event(Event(_now_ms(), "checkpoint", f"checkpoint {path}", step))
 
         def failed(step: int, error: CheckpointError) -> None:
@@ -434,11 +495,11 @@ class Trainer:
             return None
 
     @property
-    def _folder(self) -> Path:
+    def _folder(self) -> Place:
         """The run's checkpoints."""
         if self._checkpoint is not None:
             return self._checkpoint.path.parent
-        return Path(self.config.checkpoint.dir, self.run_name)
+        return place(self.config.checkpoint.dir) / self.run_name
 
     def _description(self, preparation: Preparation, cluster: Cluster) -> RunDescription:
         config = self.config
@@ -480,7 +541,7 @@ class Trainer:
             steps_per_epoch=preparation.updates_per_epoch,
             epochs=config.epochs,
             num_rows=plan.num_rows,
-            batch_size=config.batch_size,
+            batch_size=plan.batch_size,
             num_parameters=num_parameters,
             num_workers=config.workers.count,
             first_step=self._step,
@@ -493,7 +554,9 @@ class Trainer:
         """Log the model, and put the result together."""
         path = self._written
         if path is not None and outcome.status == "finished" and self.config.tracking.enabled:
-            self._log_model(load(path), preparation, tracker)
+            log_model(load(path), preparation, tracker, f"{self.run_name}: a microbatch")
+            tracker.artifact_file(self._mirror(f"{path.name}/{MODEL}").path)
+        tracker.tag("distrain.parameters_sha256", outcome.parameters_sha256)
         overfits = overfitting(self._looks)
         if overfits is not None:
             tracker.tag("distrain.overfitting", overfits)
@@ -517,26 +580,12 @@ class Trainer:
             rows_per_epoch=preparation.train.plan.num_rows,
             worker_failures=failures,
             peak_worker_bytes=peak_bytes,
+            skipped_microbatches=outcome.skipped.microbatches,
+            skipped_rows=outcome.skipped.rows,
             overfitting=overfits,
+            warnings=tuple(self._warnings),
             seconds={"startup": startup, "training": training, "total": math.nan},
         )
-
-    def _log_model(self, checkpoint: Checkpoint, preparation: Preparation, tracker: Tracker) -> None:
-        """Hand the final model to MLflow, with an example of its input."""
-        model = build_task(preparation.task).model
-        restore_model(model, checkpoint.model)
-        dataset = preparation.train.dataset
-        group = next(number for number, rows in enumerate(dataset.row_counts) if rows)
-        rows = next(dataset.read(group, 0, min(2, dataset.row_counts[group])))
-        kinds = dict(dataset.columns.types)
-        inputs = [
-            ModelInput(
-                name, tensor, tuple((c, kinds[c]) for c in dataset.columns.features) if name == "features" else ()
-            )
-            for name, tensor in inputs_of(rows).items()
-        ]
-        tracker.model(model.eval(), inputs, checkpoint.manifest["step"])
-        tracker.artifact_file(checkpoint.path / MODEL)
 
 
 _NOT_PARAMS = ("tracking.run_name", "checkpoint.dir")  # names, by which runs are not to be compared
@@ -559,7 +608,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _what_bits_depend_on(config: TrainConfig) -> dict[str, Any]:
     """What of torch a gradient's bits depend on."""
-    return {"version": torch.__version__, "worker_threads": worker_threads(config.workers.cpus)}
+    kinds = {"gpu" if config.workers.gpus_of(rank) else "cpu" for rank in range(config.workers.count)}
+    return {
+        "version": torch.__version__,
+        "worker_threads": worker_threads(config.workers.cpus),
+        "device": " and ".join(sorted(kinds)),
+        "determinism": "on" if config.workers.deterministic else "off",
+    }
 
 
 def _now_ms() -> int:

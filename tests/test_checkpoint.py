@@ -232,6 +232,23 @@ def test_find_by_folder_name_and_mlflow_run(store: CheckpointStore, monkeypatch:
     assert find("checkpoints/renamed").path == Path("checkpoints/renamed/step-00000003")
 
 
+def test_the_points_of_a_sweep_are_found_as_runs_are(tmp_path: Path) -> None:
+    names = {"seed-0": "id0", "seed-1": "id1"}
+    for sweep in ("tries", "others"):
+        for name, run_id in names.items():
+            fields = FIELDS | {"run_name": name, "mlflow_run_id": f"{sweep}-{run_id}"}
+            CheckpointStore(tmp_path / sweep / name).write(snapshot(3), fields)
+    step = "step-00000003"
+    assert find("tries-id1", tmp_path).path == tmp_path / "tries" / "seed-1" / step
+    assert find("others/seed-0", tmp_path).path == tmp_path / "others" / "seed-0" / step
+    with pytest.raises(CheckpointError, match=r"tries: holds several runs, name one: \S+/tries/seed-0, \S+/seed-1$"):
+        find("tries", tmp_path)
+    with pytest.raises(CheckpointError, match=r"several runs are called so, name one: \S+/others/seed-0, \S+/tries/"):
+        find("seed-0", tmp_path)
+    with pytest.raises(CheckpointError, match="runs there: others/seed-0, others/seed-1, tries/seed-0, tries/seed-1"):
+        find("0123456789abcdef0123456789abcdee", tmp_path)
+
+
 def test_what_is_not_found_gets_a_hint(store: CheckpointStore, tmp_path: Path) -> None:
     root = store.directory.parent
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -242,7 +259,7 @@ def test_what_is_not_found_gets_a_hint(store: CheckpointStore, tmp_path: Path) -
         find("calm-owk", root)
     with pytest.raises(CheckpointError, match="runs there: brave-fox, calm-owl"):
         find("0123456789abcdef0123456789abcdee", root)
-    with pytest.raises(CheckpointError, match="several runs, name one: brave-fox, calm-owl"):
+    with pytest.raises(CheckpointError, match=r"several runs, name one: \S+/brave-fox, \S+/calm-owl"):
         find(root)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint in this folder"):

@@ -11,10 +11,23 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from torch import nn
 
 from distrain.checkpoint import CheckpointStore, Snapshot
 from distrain.cli import main
 from tests.support.jobs import distrain, write_job, write_rows
+
+
+def four_outputs() -> nn.Module:
+    return nn.Linear(4, 4)
+
+
+def normalized() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+def mean_loss() -> nn.Module:
+    return nn.CrossEntropyLoss()
 
 
 @pytest.fixture
@@ -85,6 +98,25 @@ class TestBadInputBeforeTheStart:
     def test_a_label_of_the_wrong_type(self, job: Path):
         assert "cross_entropy needs integer labels" in self.refused(job, "data.label=f0")
 
+    def test_an_own_model_whose_outputs_do_not_fit_the_label(self, job: Path):
+        own = "model={factory: 'tests.test_cli:four_outputs'}"
+        said = "the model gives (2, 4) where the label is (2,): the model's outputs must match"
+        assert said in self.refused(job, own, "loss=mse")
+        plan = run("plan", job, own, "loss=mse")
+        assert plan.exit_code == 2 and said in plan.stderr
+
+    def test_an_own_loss_that_gives_one_value_for_all_rows(self, job: Path):
+        message = self.refused(job, "loss={factory: 'tests.test_cli:mean_loss'}", "model.outputs=3")
+        assert message.startswith("loss.factory: tests.test_cli:mean_loss gave () for 2 rows; a loss must give one")
+
+    def test_an_own_model_with_more_rows_needed_than_there_are(self, job: Path):
+        own = "model={factory: 'tests.test_cli:normalized'}"
+        assert "smallest microbatch of an epoch has 1 rows" in self.refused(job, own, "batch_size=299")
+
+    def test_an_own_model_that_is_not_there(self, job: Path):
+        own = "model={factory: 'tests.test_cli:four_output'}"
+        assert "has no 'four_output'; did you mean four_outputs?" in self.refused(job, own)
+
     def test_a_text_column(self, job: Path, tmp_path: Path):
         for part in (0, 1):
             change(tmp_path / "train" / f"part-{part}.parquet", f3=["text"] * 150)
@@ -108,7 +140,7 @@ class TestBadInputBeforeTheStart:
             f"error: {job}:{line}: optimizer.lrr: torch.optim.AdamW has no such keyword; did you mean lr?" in errors
             or any("optimiser: no such key; did you mean optimizer?" in error for error in errors)
         )
-        assert any('override "batch_size=none": batch_size: expected an integer' in error for error in errors)
+        assert any('override "batch_size=none": batch_size: expected a number of rows' in error for error in errors)
 
 
 def test_a_mistyped_keyword_of_an_optimizer_names_file_line_and_key(job: Path):

@@ -81,7 +81,14 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
         ("data: {\n", "not valid YAML"),
         (GOOD + "epochs: 1\nepochs: 2\n", "train.yaml:3: epochs: the same key stands in line 2 already"),
         (GOOD + "model: {activation: no}\n", "YAML reads yes, no, on and off as true and false"),
-        (GOOD + "shards: 999\n", "train.yaml: batch_size is 256 and there are 999 shards"),
+        (
+            GOOD + "shards: 999\nserver: {mode: async}\n",
+            "train.yaml: batch_size is 256 and there are 999 shards: with server.mode: async",
+        ),
+        (
+            GOOD + "batch_size: ful\n",
+            "train.yaml:2: batch_size: expected a number of rows, at least 1, or full, got 'ful'",
+        ),
         (GOOD + "workers: {count: 1, min: 2}\n", "workers.min is 2, more than workers.count, 1"),
         (
             GOOD + "server: {staleness: null}\n",
@@ -91,9 +98,19 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
         (GOOD + "server: {quorum: 3}\n", "server.quorum is 3, more than the 2 shards of a step"),
         (GOOD + "server: {mode: async, quorum: 2}\n", "server.quorum needs server.mode: sync"),
         (GOOD + "server: {delay_compensation: 0.1}\n", "server.delay_compensation needs server.mode: async"),
+        (
+            GOOD + "server: {mode: async, wire_dtype: bf16}\n",
+            "server.wire_dtype is bf16, and server.mode: async works with fp32 only",
+        ),
+        (
+            GOOD + "server: {wire_dtype: bf16}\naveraging: {decay: 0.9}\n",
+            "server.wire_dtype is bf16, and averaging works with fp32 only",
+        ),
         (GOOD + "early_stopping: {patience: 2}\n", "early_stopping needs data.validation"),
         (GOOD + "model: {name: mlp, factory: 'a:b'}\n", "train.yaml:2: model: give either name or factory, not both"),
-        (GOOD + "workers: {gpus: 1}\n", "workers.gpus: 1 is not supported; it may be 0"),
+        (GOOD + "workers: {gpus: 2}\n", "train.yaml:2: workers.gpus: "),
+        (GOOD + "workers: {gpu_count: 1}\n", "workers.gpu_count is 1, and workers.gpus is 0"),
+        (GOOD + "workers: {precision: fp8}\n", "train.yaml:2: workers.precision: "),
         (GOOD + "data2: 1\n", "train.yaml:2: data2: no such key; did you mean data?"),
     ],
 )
@@ -129,3 +146,22 @@ def test_python_users_get_the_same_errors_without_a_file():
 def test_credentials_do_not_travel():
     config = TrainConfig(data=DATA, tracking={"uri": "https://me:secret@mlflow.example"})
     assert "secret" not in config.to_yaml() and "https://***@mlflow.example" in config.to_yaml()
+
+
+def test_relative_paths_are_taken_from_a_folder():
+    data = {"train": ["a", "/b", "s3://c/d"], "validation": "v/*.parquet", "label": "y"}
+    found = TrainConfig(data=data).in_folder(Path("/here"))
+    assert found.data.train == ["/here/a", "/b", "s3://c/d"] and found.data.validation == "/here/v/*.parquet"
+    assert found.checkpoint.dir == "/here/checkpoints" and found.tracking.uri == "sqlite:////here/mlflow.db"
+    assert found.in_folder(Path("/elsewhere")) == found
+    server = TrainConfig(data=data, tracking={"uri": "http://mlflow:5000"}).in_folder(Path("/here"))
+    assert server.tracking.uri == "http://mlflow:5000"
+
+
+def test_what_is_not_said_the_environment_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("DISTRAIN_CHECKPOINT_DIR", "/checkpoints")
+    assert TrainConfig(data=DATA).tracking.uri == "http://mlflow:5000"
+    assert TrainConfig(data=DATA).checkpoint.dir == "/checkpoints"
+    said = TrainConfig(data=DATA, checkpoint={"dir": "here"}, tracking={"uri": "sqlite:///mine.db"})
+    assert (said.checkpoint.dir, said.tracking.uri) == ("here", "sqlite:///mine.db")

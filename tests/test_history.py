@@ -52,7 +52,8 @@ def test_a_run_with_a_restore_and_a_resume_holds(tmp_path: Path):
     )
     assert said.returncode == 0, said.stderr
     assert said.stdout == (
-        "9 steps, each microbatch in one of them; 2 done again after 1 restores; 5 incarnations of workers\n"
+        "9 steps, each microbatch in one of them; 2 done again after 1 restores, with 0 checkpoints damaged; 5 "
+        "incarnations of workers\n"
     )
 
 
@@ -78,6 +79,20 @@ def test_a_checkpoint_that_was_acknowledged_and_lost(tmp_path: Path):
     run.durable(3)
     run.restored(0)
     assert problems(tmp_path) == ["line 6: went back to step 0, 3 was durable"]
+
+
+def test_a_checkpoint_that_was_found_damaged(tmp_path: Path):
+    run = history(tmp_path)
+    for number in (1, 2, 3):
+        run.steps(done(number))
+        run.durable(number)
+    run.restored(2, damaged=1)
+    run.steps(done(3))
+    assert problems(tmp_path) == []
+    assert check(tmp_path / "history.jsonl")[0].damaged == 1
+    run.durable(3)
+    run.restored(1, damaged=1)
+    assert problems(tmp_path) == ["line 11: went back to step 1, 3 was durable"]
 
 
 def test_rows_that_are_missing_from_an_epoch(tmp_path: Path):

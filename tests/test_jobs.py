@@ -2,63 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import tempfile
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 
 from distrain.checkpoint import MODEL, verify
 from distrain.config import TrainConfig
 from distrain.errors import ConfigError
-from distrain.jobs import JobState, absolute_paths, exit_code
+from distrain.jobs import JobState, exit_code
+from tests.support.heads import ray_head
 from tests.support.jobs import Finished, distrain, wait_for, write_job
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=2).close()
-    except OSError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard of a cluster of one node, as `ray start` makes it."""
-    dashboard, folder = free_port(), tempfile.mkdtemp(prefix="ray-head-")
-    command = [
-        "ray", "start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats",
-        f"--object-store-memory={2**27}", f"--ray-client-server-port={free_port()}",
-    ]  # fmt: skip
-    with open(Path(folder) / "out", "w") as out:
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        head = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
-    wait_for(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version"), 60, "the dashboard's start")
-    yield f"http://127.0.0.1:{dashboard}"
-    processes = [head_process := psutil.Process(head.pid), *head_process.children(recursive=True)]
-    head.terminate()
-    head.wait(30)
-    psutil.wait_procs(processes, 10)
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+def address() -> Iterator[str]:
+    """The dashboard of a cluster of one node."""
+    with ray_head() as head:
+        yield head.dashboard
 
 
 def run(address: str, folder: Path, *arguments: str) -> Finished:
@@ -132,16 +94,6 @@ def test_what_is_not_there_is_said(address: str, tmp_path: Path):
 def test_a_cluster_out_of_reach_is_said(tmp_path: Path):
     done = distrain("status", "x", "--address", "http://127.0.0.1:9", cwd=tmp_path)
     assert done.code == 3 and "no Ray dashboard answers as it should at http://127.0.0.1:9" in done.stderr
-
-
-def test_relative_paths_become_absolute(tmp_path: Path):
-    data = {"train": ["a", "/b", "s3://c/d"], "validation": "v/*.parquet", "label": "y"}
-    config = TrainConfig(data=data)
-    overrides = absolute_paths(config, Path("/here"))
-    found = TrainConfig.from_mapping(config.to_mapping(), overrides)
-    assert found.data.train == ["/here/a", "/b", "s3://c/d"] and found.data.validation == "/here/v/*.parquet"
-    assert found.checkpoint.dir == "/here/checkpoints" and found.tracking.uri == "sqlite:////here/mlflow.db"
-    assert absolute_paths(found, Path("/elsewhere")) == absolute_paths(found, Path("/here"))
 
 
 def test_exit_codes_come_through():

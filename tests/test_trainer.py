@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
 import ray
 
 from distrain.config import TrainConfig, load_config
-from distrain.errors import CheckpointError, ClusterError, ConfigError, TrainingError
+from distrain.errors import CheckpointError, ClusterError, ConfigError, DistrainError, TrainingError
 from distrain.history import check
 from distrain.progress import SilentProgress
 from distrain.records import Report
 from distrain.trainer import Result, Trainer
-from tests.support.jobs import distrain, finish, leftovers, start, wait_for, workers_of, write_job
+from tests.support.jobs import distrain, finish, is_alive, leftovers, start, wait_for, workers_of, write_job
 
 pytestmark = pytest.mark.ray
 
@@ -149,6 +150,72 @@ def test_what_the_users_factory_or_model_raises_is_shown(cluster: None, job: Pat
         fit(job, "model={factory: 'my_models:brokn'}", "data.standardize=false")
 
 
+PARTS = """
+import torch
+
+calls = 0
+
+def later():
+    global calls
+    calls += 1
+    if calls > 4:
+        raise RuntimeError("the user's own words")
+
+class Model(torch.nn.Linear):
+    def forward(self, features):
+        if self.training and torch.is_grad_enabled():
+            later()
+        return super().forward(features)
+
+def model():
+    return Model(4, 3)
+
+def plain():
+    return torch.nn.Linear(4, 3)
+
+def loss():
+    def of_rows(output, label):
+        if torch.is_grad_enabled():
+            later()
+        return torch.nn.functional.cross_entropy(output, label, reduction="none")
+    return of_rows
+
+def rows(batch):
+    later()
+    features = torch.stack([torch.tensor(batch[f"f{i}"].to_numpy()) for i in range(4)], dim=1)
+    return {"features": features, "label": torch.tensor(batch["label"].to_numpy())}
+"""
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model={factory: 'my_parts:model'}",
+        "loss={factory: 'my_parts:loss'}",
+        "data.transform='my_parts:rows'",
+    ],
+    ids=["model", "loss", "transform"],
+)
+def test_what_the_users_code_raises_on_the_way_ends_the_run_at_once(
+    cluster: None, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+):
+    class Notes(SilentProgress):
+        said: ClassVar[list[str]] = []
+
+        def note(self, message: str) -> None:
+            self.said.append(message)
+
+    (tmp_path / "my_parts.py").write_text(PARTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plain = ("data.standardize=false", "model={factory: 'my_parts:plain'}", "loss=cross_entropy", "epochs=50", part)
+    with pytest.raises(
+        DistrainError, match=r"(?s)my_parts\.py.*the user's own words|the user's own words.*my_parts\.py"
+    ):
+        Trainer(load_config(job, plain), Notes()).fit()
+    assert not [note for note in Notes.said if "is replaced" in note]
+
+
 def test_one_row_for_batch_normalization_is_refused_before_the_start(cluster: None, job: Path):
     with pytest.raises(ConfigError, match="batch normalization needs 2"):
         fit(job, "batch_size=299")
@@ -204,4 +271,4 @@ class TestOnItsOwnRay:
         workers = wait_for(lambda: workers_of(process.pid), 60, "the workers' start")
         process.kill()
         process.wait()
-        wait_for(lambda: not any(w.is_running() and w.status() != "zombie" for w in workers), 15, "the workers' end")
+        wait_for(lambda: not any(is_alive(worker) for worker in workers), 15, "the workers' end")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from distrain.progress.checkpoints import show_checkpoints
+from distrain.progress.findings import show_finding
 from distrain.progress.gradients import show_gradients
 from distrain.progress.lines import LineProgress
 from distrain.progress.plan import show_plan
@@ -23,6 +24,7 @@ __all__ = [
     "make_progress",
     "show_checkpoints",
     "show_comparison",
+    "show_finding",
     "show_forecasts",
     "show_gradients",
     "show_plan",

@@ -100,9 +100,9 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} TB"
 
 
-def plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str, ending: str = "s") -> str:
     """`1 worker`, `2,000 workers`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
 def headline(info: RunInfo) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrain.progress.protocol import HasJson
-from distrain.progress.standing import Standing, duration, metrics_line, number
+from distrain.progress.standing import Standing, duration, metrics_line, number, plural
 
 _DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -44,6 +45,8 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     status = str(values.get("status", ""))
     rows.append(("status", f"{status}: {values['reason']}" if values.get("reason") else status))
+    if values.get("restarts"):
+        rows.append(("restarts", f"the best of {len(values['restarts'])} is that of seed {values['seed']}"))
     add("epochs", "epochs", "{:,}")
     add("steps", "steps", "{:,}")
     add("samples/s", "samples_per_second", "{:,.0f}")
@@ -53,6 +56,11 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("validation", metrics_line({k: v for k, v in values["validation"].items() if v is not None})))
     if values.get("overfitting"):
         rows.append(("note", str(values["overfitting"])))
+    rows += [("warning", str(warning)) for warning in values.get("warnings") or ()]
+    if values.get("skipped_microbatches"):
+        count, left_out = values["skipped_microbatches"], values["skipped_rows"]
+        rows.append(("skipped", f"{plural(count, 'microbatch', 'es')} whose loss or gradient was not finite, of "
+                     f"{plural(left_out, 'row')}"))  # fmt: skip
     if values.get("worker_failures"):
         rows.append(("workers lost", f"{values['worker_failures']:,}"))
     seconds = values.get("seconds") or {}
@@ -66,6 +74,8 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _commands(values: Mapping[str, Any], standing: Standing | None) -> list[tuple[str, str]]:
     info = standing.info if standing is not None else None
     run = values.get("run_name") or (info.run_name if info is not None else None)
+    if values.get("restarts") and values.get("checkpoint"):
+        run = str(Path(values["checkpoint"]).parent)  # runs of a sweep have a folder of their own
     commands: list[tuple[str, str]] = []
     if values.get("run_id") and (info is None or not _is_server(info.tracking_uri)):
         is_default = info is None or info.tracking_uri in (None, _DEFAULT_URI)

@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
-from tests.support.jobs import write_job
+from distrain.config import load_config
+from distrain.progress import SilentProgress
+from distrain.records import Report
+from distrain.trainer import Trainer
+from tests.support.jobs import write_plain_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
@@ -19,12 +24,9 @@ STEPS = 400
 
 def play(scenario: str, folder: Path, *overrides: str) -> dict[str, Any]:
     """Have something happen to a run on a cluster of several nodes, and return what it says."""
-    write_job(folder)  # for its rows
-    job = write_job(
+    job = write_plain_job(
         folder,
-        data={"train": str(folder / "train"), "label": "label", "shuffle_rows": 60},
         model={"factory": "tests.support.slow:build", "args": {"seconds": 0.01}},
-        loss="cross_entropy",
         epochs=STEPS // 10,
         tracking={"enabled": False},
     )
@@ -38,6 +40,16 @@ def play(scenario: str, folder: Path, *overrides: str) -> dict[str, Any]:
     said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"same"')))
     assert said["same"] and said["steps"] == STEPS
     return said
+
+
+class Pace(SilentProgress):
+    """How long each step took."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def report(self, report: Report) -> None:
+        self.seconds += [record.step_s for record in report.steps]
 
 
 def of_kind(said: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -66,7 +78,38 @@ def test_the_server_moves_before_its_node_is_taken_away_and_no_step_is_done_agai
     assert moved.endswith("0 steps before the last one reported")
 
 
+def test_a_killed_relay_costs_no_step(tmp_path: Path):
+    said = play("kill_relay", tmp_path)
+    [lost] = of_kind(said, "lost")
+    assert "its host's relay is lost" in lost["message"]
+    assert not any("going on from step" in note for note in said["notes"])
+
+
+def test_after_the_server_of_a_slice_is_killed_the_run_goes_on_from_its_checkpoint(tmp_path: Path):
+    said = play("kill_relay", tmp_path, "server.slices=2")
+    [note] = [note for note in said["notes"] if "the server of slice 0 is lost" in note]
+    assert "going on from step" in note
+
+
 def test_a_killed_node_costs_no_step(tmp_path: Path):
     said = play("kill_node", tmp_path)
     [recovered] = of_kind(said, "recovered")
     assert recovered["seconds"] < 1.0
+
+
+def test_a_fast_worker_and_one_four_times_as_slow_waste_little(tmp_path: Path):
+    """At least 0.85 of the sum of their speeds, once shards are dealt by speed: with a microbatch of 40 ms, the sum is
+    25 + 6.25 microbatches a second."""
+    job = write_plain_job(
+        tmp_path,
+        model={"factory": "tests.support.slow:build", "args": {"seconds": 0.04, "flag": str(tmp_path / "slow")}},
+        batch_size=30,
+        shards=10,
+        epochs=6,
+        tracking={"enabled": False},
+    )
+    watch = Pace()
+    config = load_config(job, ["workers.count=2", "cluster.address=local"])
+    assert Trainer(config, watch).fit().steps == 60
+    settled = watch.seconds[30:]
+    assert 10 / fmean(settled) > 0.85 * (1 + 1 / 4) / 0.04

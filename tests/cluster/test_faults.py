@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +25,7 @@ from distrain.progress import SilentProgress
 from distrain.records import Event, Report
 from distrain.trainer import Result, Trainer
 from tests.support.faults import MOMENTS
-from tests.support.jobs import distrain, start, wait_for, workers_of, write_job
+from tests.support.jobs import distrain, is_alive, start, wait_for, workers_of, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
@@ -128,21 +131,31 @@ def test_a_worker_that_hangs_is_given_up_at_the_deadline(undisturbed: str, job: 
     [lost] = watcher.of_kind("lost")
     assert lost.message.endswith("was given up: it was silent for 2 s")
     assert lost.time_ms / 1000 - watcher.acted_at < 2 + 2
-    wait_for(lambda: not stopped[0].is_running() or stopped[0].status() == "zombie", 15, "the hung worker's end")
+    wait_for(lambda: not is_alive(stopped[0]), 15, "the hung worker's end")
 
 
 def test_a_worker_that_crashes_at_every_start_ends_the_run_with_its_cause(cluster: None, job: Path):
     watcher = Watcher()
     model = "model={factory: 'tests.support.faults:build', args: {moment: start}}"
-    began = time.time()
     with pytest.raises(TrainingError, match=r"worker \d failed \d times in a row before finishing a step: its process"):
         fit(job, watcher, model, "data.standardize=false")
-    assert time.time() - began < 60
-    assert len(watcher.of_kind("lost")) >= 5
+    lost = watcher.of_kind("lost")
+    assert len(lost) >= 4
+    assert time.time() - lost[0].time_ms / 1000 < 15
 
 
-def test_the_server_killed_goes_on_from_the_last_checkpoint(undisturbed: str, job: Path):
-    watcher = Watcher(lambda: kill("ServerActor"), step=100)
+@pytest.mark.parametrize("unnoticed_s", [0, 3])
+def test_the_server_killed_goes_on_from_the_last_checkpoint(undisturbed: str, job: Path, unnoticed_s: int):
+    """Its workers end with it, which is no failure of theirs, however long Ray takes to say that it is dead."""
+
+    def end_the_server() -> None:
+        [raylet] = [process for process in psutil.Process().children() if process.name() == "raylet"]
+        if unnoticed_s:
+            raylet.suspend()
+            threading.Timer(unnoticed_s, raylet.resume).start()
+        kill("ServerActor")
+
+    watcher = Watcher(end_the_server, step=100)
     result, found = fit(job, watcher)
     assert result.parameters_sha256 == undisturbed
     assert found.restores == 1 and found.repeated_steps < 100
@@ -178,9 +191,9 @@ def test_the_server_killed_and_the_latest_checkpoint_damaged(undisturbed: str, j
         damaged.append(newest.name)
 
     watcher = Watcher(damage_and_kill, step=100)
-    result, found = fit_despite_damage(job, watcher)
+    result, found = fit(job, watcher)
     assert result.parameters_sha256 == undisturbed and found.restores == 1
-    assert damaged
+    assert len(damaged) == found.damaged == 1
 
 
 def test_the_server_killed_while_a_checkpoint_is_being_written(
@@ -231,15 +244,6 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: str, job: Pa
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def fit_despite_damage(job: Path, watcher: Watcher) -> tuple[Result, Checked]:
-    """As `fit`; the history rightly says that something durable was lost."""
-    config = load_config(job, ["checkpoint.history=true", "workers.count=2"])
-    result = Trainer(config, watcher).fit()
-    found, problems = check(Path(config.checkpoint.dir, result.run_name, "history.jsonl"))
-    assert len(problems) == 1 and "was durable" in problems[0]
-    return result, found
-
-
 @pytest.mark.parametrize("how", ["truncated", "deleted", "replaced"])
 def test_a_data_file_that_changes_stops_the_run_and_is_named(cluster: None, tmp_path: Path, how: str):
     job = write_job(tmp_path, tracking={"enabled": False}, epochs=10_000)
@@ -262,13 +266,17 @@ def test_a_data_file_that_changes_stops_the_run_and_is_named(cluster: None, tmp_
 
 def test_the_driver_killed_then_resumed(undisturbed: str, tmp_path: Path):
     own = write_job(tmp_path, tracking={"enabled": False}, epochs=STEPS // 10)
-    process = start("train", str(own), "checkpoint.history=true", cwd=tmp_path)
+    folder = tempfile.mkdtemp()  # a short name: Ray has sockets in it
+    process = start("train", str(own), "checkpoint.history=true", cwd=tmp_path, TMPDIR=folder)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/step-*")), 60, "a first checkpoint")
-    actors = workers_of(process.pid) + workers_of(process.pid, "ServerActor")
-    assert len(actors) == 3
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers_of(process.pid)) == 2 and len(workers_of(process.pid, "ServerActor")) == 1
+    assert list(Path(folder).glob("distrain-ray-*"))
     process.kill()
     process.communicate()
-    wait_for(lambda: not [p for p in actors if p.is_running() and p.status() != "zombie"], 15, "the end of its actors")
+    wait_for(lambda: not [p for p in started if is_alive(p)], 2, "the end of all that it had started")
+    wait_for(lambda: not list(Path(folder).glob("distrain-ray-*")), 2, "the end of its Ray's files")
+    shutil.rmtree(folder)
     [run] = (tmp_path / "checkpoints").iterdir()
     resumed = distrain("resume", str(run), "workers.count=3", "--json", cwd=tmp_path)
     assert resumed.code == 0, resumed.stderr

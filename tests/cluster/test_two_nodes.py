@@ -1,4 +1,4 @@
-"""Two Ray nodes on this machine: the worker beside the server shares memory, the other exchanges over TCP."""
+"""Two Ray nodes on this machine: the worker beside the server shares memory, the other's relay exchanges over TCP."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ from distrain.trainer import Trainer
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
-hashes = [
-    Trainer(load_config(sys.argv[1], [f"workers.count={count}", "epochs=2"])).fit().parameters_sha256
-    for count in (1, 2)
-]
-print(json.dumps({"nodes": len(ray.nodes()), "hashes": hashes}))
+def train(count, *more):
+    return Trainer(load_config(sys.argv[1], [f"workers.count={count}", "epochs=2", *more])).fit().parameters_sha256
+
+runs = ([1], [2], [2, "server.slices=2"], [2, "server.slices=3"], [1, "server.slices=2"])
+hashes = [train(*run) for run in runs]
+rounded = [train(*run, "server.wire_dtype=bf16") for run in runs[:3]]
+print(json.dumps({"nodes": len(ray.nodes()), "hashes": hashes, "rounded": rounded}))
 ray.shutdown()
 cluster.shutdown()
 """
 
 
-def test_workers_of_two_nodes_give_the_same_bits_as_one(tmp_path: Path):
+def test_workers_and_slices_on_two_nodes_give_the_same_bits_as_one(tmp_path: Path):
     job = write_job(tmp_path, tracking={"enabled": False})
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(job)], capture_output=True, text=True, timeout=240, cwd=Path.cwd()
@@ -42,4 +44,5 @@ def test_workers_of_two_nodes_give_the_same_bits_as_one(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["nodes"] == 2
-    assert len(set(said["hashes"])) == 1
+    assert len(set(said["hashes"])) == len(set(said["rounded"])) == 1
+    assert said["rounded"][0] != said["hashes"][0]

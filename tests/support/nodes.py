@@ -7,6 +7,8 @@ Run as a program, in a process of its own, since a process has one Ray at a time
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -106,6 +108,17 @@ def kill_node(cluster: Cluster, watch: Watch) -> None:
     cluster.remove_node(victim, allow_graceful=False)
 
 
+def kill_relay(cluster: Cluster, watch: Watch) -> None:
+    """The relay of the node without the server is killed, as that of a slice if it owns one."""
+    from ray.util.state import list_actors
+
+    watch.until(lambda: watch.step >= 10)
+    [relay] = [
+        actor for actor in list_actors(detail=True) if (actor.state, actor.class_name) == ("ALIVE", "RelayActor")
+    ]
+    os.kill(relay.pid, signal.SIGKILL)
+
+
 def _nodes() -> tuple[str, str]:
     """The node of the server, and one with a worker only."""
     from ray.util.state import list_actors
@@ -117,7 +130,7 @@ def _nodes() -> tuple[str, str]:
 
 
 SCENARIOS: dict[str, Any] = {
-    function.__name__: function for function in (grow_and_shrink, preempt_worker, preempt_server, kill_node)
+    function.__name__: function for function in (grow_and_shrink, preempt_worker, preempt_server, kill_node, kill_relay)
 }
 
 
