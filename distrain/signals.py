@@ -24,14 +24,9 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
-            self.install()
-        return self
-
-    def install(self) -> None:
-        """Take the signals (again: Ray installs handlers of its own when it starts)."""
-        if self._before:
             for number in SIGNALS:
                 signal.signal(number, self._handle)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

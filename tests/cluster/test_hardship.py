@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -61,6 +64,32 @@ def test_one_in_ten_of_rays_calls_fails(tmp_path: Path):
     assert found.code == 0, found.stderr
     assert found.result["parameters_sha256"] == expected.result["parameters_sha256"]
     assert found.result["seconds"]["total"] < 2 * expected.result["seconds"]["total"] + 5
+
+
+RESERVE = """
+import os, time
+from distrain.config import WorkersConfig
+from distrain.placement import Cluster
+cluster = Cluster("local", WorkersConfig(count=2))
+del os.environ["RAY_testing_rpc_failure"]  # a Ray started from here on loses nothing
+start = time.monotonic()
+print(cluster.reserve().ranks, time.monotonic() - start > 4)
+cluster.close()
+"""
+
+
+@pytest.mark.parametrize("call", ["PrepareBundleResources", "CommitBundleResources"])
+def test_the_answer_to_a_call_for_room_is_lost(call: str):
+    """Ray itself never gets over either: it forgets the room that a node holds, or tries for ever what cannot be."""
+    failures = {f"NodeManagerService.grpc_client.{call}": {"num_failures": 1, "resp_failure_prob": 100}}
+    before = {process.pid for process in psutil.process_iter()}
+    environment = {**os.environ, "RAY_testing_rpc_failure": json.dumps(failures)}
+    done = subprocess.run(
+        [sys.executable, "-c", RESERVE], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0, 1] True"
+    assert leftovers(before) == []
 
 
 def test_a_tracking_server_that_hangs_costs_points_and_not_the_run(tmp_path: Path):
