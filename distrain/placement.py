@@ -111,6 +111,13 @@ def token_source() -> str:
     return f"from {os.environ.get('RAY_AUTH_TOKEN_PATH') or '~/.ray/auth_token'}"
 
 
+def submitted_job_id() -> str | None:
+    """The id of the submitted job whose driver this is; Ray tells it in a variable."""
+    job: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    job_id: str | None = job.get("metadata", {}).get("job_submission_id")
+    return job_id
+
+
 def check_answers(address: str) -> None:
     """Raises ClusterError where no Ray cluster answers at HOST:PORT, or not to this token.
 
@@ -178,9 +185,6 @@ class Cluster:
             self._attach(address)
         if not self.is_local:
             self.resources = self._check_room()
-        # The id of a submitted job; Ray tells its driver in this variable.
-        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-        self.job_id: str | None = job.get("metadata", {}).get("job_submission_id")
 
     def _start_local(self) -> None:
         self._temporary = tempfile.mkdtemp(prefix="distrain-ray-")

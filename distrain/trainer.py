@@ -25,7 +25,7 @@ from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
 from distrain.monitoring import RunSeries
-from distrain.placement import Cluster, Placement
+from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
 from distrain.progress import Progress, RunInfo, SilentProgress
 from distrain.records import Event, Report
@@ -188,12 +188,15 @@ class Trainer:
             check_reachable(config.tracking.uri)
         steps = config.epochs * preparation.updates_per_epoch
         self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
+        tracker = make_tracker(config.tracking, self._description(preparation), str(self._folder), self._progress.note)
+        tracker.open()  # which takes as long as Ray does, and a core that Ray leaves idle
         self._progress.phase("starting Ray")
-        cluster = Cluster(config.cluster.address, config.workers)
         try:
-            tracker = make_tracker(
-                config.tracking, self._description(preparation, cluster), str(self._folder), self._progress.note
-            )
+            cluster = Cluster(config.cluster.address, config.workers)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        try:
             tracker.start()
             status = "FAILED"
             try:
@@ -501,11 +504,11 @@ class Trainer:
             return self._checkpoint.path.parent
         return place(self.config.checkpoint.dir) / self.run_name
 
-    def _description(self, preparation: Preparation, cluster: Cluster) -> RunDescription:
+    def _description(self, preparation: Preparation) -> RunDescription:
         config = self.config
         tags = {**self._tags, "distrain.checkpoints": str(self._folder.absolute())}
-        if cluster.job_id is not None:
-            tags["distrain.ray_job_id"] = cluster.job_id
+        if (job_id := submitted_job_id()) is not None:
+            tags["distrain.ray_job_id"] = job_id
         resumed_run = None
         if self._checkpoint is not None:
             tags["distrain.resumed_from"] = str(self._checkpoint.path)

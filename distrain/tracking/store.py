@@ -192,6 +192,11 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status)
 
 
+def open_store(uri: str) -> None:
+    """Connect to a store; one in a database that is new gets its tables (about 2 s of processor)."""
+    MlflowClient(uri, registry_uri=uri)
+
+
 def open_run(uri: str, run_id: str) -> MlflowRun:
     """A run that is there, by its MLflow id."""
     client = MlflowClient(uri, registry_uri=uri)

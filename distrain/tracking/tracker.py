@@ -6,6 +6,7 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -41,7 +42,11 @@ class Tracker(Protocol):
     @property
     def run_name(self) -> str | None: ...
 
-    def start(self) -> None: ...
+    def open(self) -> None:
+        """Begin to load MLflow and to open the store. No run is made yet."""
+
+    def start(self) -> None:
+        """Have the run made."""
 
     def wait_ready(self, timeout_s: float = 60.0) -> str | None:
         """Wait for the run to exist and return its id. Raises TrackingError when it cannot be created."""
@@ -71,6 +76,9 @@ class NullTracker:
 
     run_id: str | None = None
     run_name: str | None = None
+
+    def open(self) -> None:
+        pass
 
     def start(self) -> None:
         pass
@@ -137,6 +145,8 @@ class MlflowTracker:
         self._notify = notify or logging.getLogger("distrain").warning
         self._inbox = Inbox(settings.every_steps)
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._wanted = threading.Event()  # a run is, or never will be
+        self._is_given_up = False
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._run: MlflowRun | None = None
@@ -155,10 +165,16 @@ class MlflowTracker:
         """See Tracker."""
         return self._run.run_name if self._run is not None else None
 
-    def start(self) -> None:
-        """Open the store and create the run, in the background."""
+    def open(self) -> None:
+        """See Tracker."""
         quiet_environment()
         self._thread.start()
+
+    def start(self) -> None:
+        """See Tracker. Opens the store as well, where `open` was not called."""
+        self._wanted.set()
+        if self._thread.ident is None:
+            self.open()
 
     def wait_ready(self, timeout_s: float = 60.0) -> str | None:
         """See Tracker."""
@@ -226,7 +242,9 @@ class MlflowTracker:
         """See Tracker. What could not be delivered, and where it lies, is said through `notify`."""
         self._final_status = status
         self._stop.set()
-        if self._thread.ident is None:  # never started
+        if not self._wanted.is_set():  # there is no run to end
+            self._is_given_up = True
+            self._wanted.set()
             return False
         self._thread.join(timeout_s)
         if self._error is not None and not self._is_error_told:
@@ -236,8 +254,16 @@ class MlflowTracker:
         return self._is_complete
 
     def _work(self) -> None:
-        # Opening takes 3 to 5 s of processor, while Ray and the workers start, and each point 0.2 ms: they come first.
+        # Opening takes 3 to 5 s of processor, while Ray starts and leaves a core idle, and each point 0.2 ms: whatever
+        # else wants the core comes first.
         run_in_the_background()
+        with suppress(Exception):  # the same will be said of the run
+            from distrain.tracking.store import open_store
+
+            open_store(self._settings.uri)
+        self._wanted.wait()
+        if self._is_given_up:
+            return
         while (writer := self._try_to_open()) is None:
             if self._stop.wait(_RETRY_S):
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 
@@ -254,6 +255,24 @@ def test_tracking_switched_off_does_nothing():
 def test_a_tracker_that_never_started_can_be_finished(store):
     tracker = make_tracker(TrackingConfig(uri=store), DESCRIPTION)
     assert not tracker.finish("FAILED")
+
+
+def test_opening_makes_the_store_ready_and_no_run(tmp_path, client):
+    """Ray has no room for the run, say: the store was opened for nothing, and the thread ends."""
+    uri = f"sqlite:///{tmp_path / 'new.db'}"
+    tracker = make_tracker(TrackingConfig(uri=uri), DESCRIPTION)
+    tracker.open()
+    _wait_until(lambda: (tmp_path / "new.db").exists())
+    assert not tracker.finish("FAILED")
+    _wait_until(lambda: all(thread.name != "mlflow" for thread in threading.enumerate()))
+    assert tracker.run_id is None
+    assert [e.name for e in client(uri).search_experiments() if client(uri).search_runs([e.experiment_id])] == []
+
+    tracker = make_tracker(TrackingConfig(uri=uri), DESCRIPTION)
+    tracker.open()
+    tracker.start()
+    assert client(uri).get_run(tracker.wait_ready()).info.status == "RUNNING"
+    assert tracker.finish("FINISHED")
 
 
 def _wait_until(holds, timeout_s=20.0):
