@@ -4,7 +4,7 @@ recurrent neural networks", algorithm 1)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,23 +15,25 @@ PIECE = 32_704  # values summed at a time: too few for torch to share among thre
 
 
 class Norm:
-    """The L2 norm of float32 values that are added a piece at a time, in float64: squares of large finite values do
-    not overflow. Not finite exactly when some value is not."""
+    """The L2 norm of a vector that is given in pieces, flat float32 tensors of at most PIECE values each, in float64:
+    squares of large finite values do not overflow. Not finite exactly when some value is not."""
 
-    def __init__(self) -> None:
-        self._squares: list[float] = []
+    def __init__(self, pieces: Sequence[Tensor]) -> None:
         # vector_norm's own conversion takes fresh memory from the system each time, which is twice as slow.
-        self._wide = torch.empty(PIECE, dtype=torch.float64)
+        wide = torch.empty(PIECE, dtype=torch.float64)
+        self._norms = torch.zeros(len(pieces), dtype=torch.float64)
+        self._pieces = [
+            (piece, wide[: len(piece)], norm) for piece, norm in zip(pieces, self._norms.unbind(), strict=True)
+        ]
 
-    def add(self, piece: Tensor) -> None:
-        """Add the values of a flat float32 tensor of at most PIECE values."""
-        norm: float = torch.linalg.vector_norm(self._wide[: len(piece)].copy_(piece)).item()
-        self._squares.append(norm * norm)
+    def look(self, first: int = 0, stop: int | None = None) -> None:
+        """Take the norms of the pieces [first, stop) as they are now."""
+        for piece, wide, norm in self._pieces[first:stop]:
+            torch.linalg.vector_norm(wide.copy_(piece), out=norm)
 
-    def take(self) -> list[float]:
-        """The squared norms of the pieces added since the last time, in their order."""
-        squares, self._squares = self._squares, []
-        return squares
+    def squares(self) -> list[float]:
+        """The squared norms of all pieces, as last looked at, in their order."""
+        return [norm * norm for norm in self._norms.tolist()]
 
 
 def total_norm(squares: Iterable[float]) -> float:
@@ -44,10 +46,9 @@ def total_norm(squares: Iterable[float]) -> float:
 
 def global_norm(gradients: Tensor) -> float:
     """The L2 norm of a flat float32 tensor."""
-    norm = Norm()
-    for piece in gradients.split(PIECE):
-        norm.add(piece)
-    return total_norm(norm.take())
+    norm = Norm(gradients.split(PIECE))
+    norm.look()
+    return total_norm(norm.squares())
 
 
 def clip_(gradients: Tensor, clip: ClipConfig | None, norm: float) -> bool:

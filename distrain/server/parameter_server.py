@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,8 @@ from distrain.learning.penalties import Penalty
 from distrain.learning.schedules import build_schedule
 from distrain.reduction import Partial
 from distrain.server.loss_scale import LossScale
+
+_BLOCK = 262_144  # values averaged at a time, 1 MiB of each vector: smaller blocks cost calls, larger ones the cache
 
 Share = Callable[[list[float]], list[float]]
 """Gives a slice's values to the other slices' servers, and returns those of all slices, in order."""
@@ -104,11 +106,8 @@ class ParameterServer:
             if parameter.requires_grad and gradients.start <= entry.start < gradients.stop:
                 parameter.grad = view  # the optimizer passes over parameters that have none
         sizes = _piece_sizes(self.layout, gradients)
-        self._num_gradient_pieces = len(sizes)
-        self._gradient_pieces = self._gradients.split(sizes)
-        self._sizes = sizes + _sizes(self.span.stop - gradients.stop)
-        self._pieces = self._mean[self.span.start : self.span.stop].split(self._sizes)
-        self._norm = Norm()
+        self._norm = Norm(self._gradients.split(sizes))
+        self._blocks = _blocks(self._mean[self.span.start : self.span.stop], sizes)
         self._clip = clip
         self.optimizer = build_optimizer(model, optimizer)
         self.schedule = build_schedule(self.optimizer, schedule)
@@ -145,7 +144,7 @@ class ParameterServer:
             )
         loss = sum(half.loss for half in halves) / weight
         self._average([half.vector for half in halves], samples, weight)
-        norm = data_norm = total_norm(self._of_all_slices(self._norm.take()))
+        norm = data_norm = total_norm(self._of_all_slices(self._norm.squares()))
         if scale and self.loss_scale is not None and math.isfinite(loss):
             if math.isfinite(norm):
                 self.loss_scale.applied(step, scale)
@@ -163,9 +162,8 @@ class ParameterServer:
         penalty = 0.0
         if self._penalty is not None:
             penalty = sum(self._of_all_slices([self._penalty.add_gradient()]))
-            for piece in self._gradient_pieces:
-                self._norm.add(piece)
-            norm = total_norm(self._of_all_slices(self._norm.take()))
+            self._norm.look()
+            norm = total_norm(self._of_all_slices(self._norm.squares()))
         if watch is not None:
             watch.before(self._gradients, self.current.floats)
         clipped = clip_(self._gradients, self._clip, norm)
@@ -218,20 +216,19 @@ class ParameterServer:
         return values if self.share is None else self.share(values)
 
     def _average(self, sums: list[Tensor], samples: int, weight: float) -> None:
-        """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and add the
-        gradient's pieces to the norm.
+        """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and look at
+        the norm of the gradient's pieces.
 
-        In pieces that stay in the cache: memory, not arithmetic, is what an update waits for.
+        In blocks that stay in the cache: memory, not arithmetic, is what an update waits for.
         """
-        pieces = zip(self._pieces, *(vector.split(self._sizes) for vector in sums), strict=True)
-        for number, (mean, *parts) in enumerate(pieces):
-            share = 1.0 / (weight if number < self._num_gradient_pieces else samples)
+        for block in self._blocks:
+            parts = [vector[block.start : block.stop] for vector in sums]
+            share = 1.0 / (weight if block.num_pieces else samples)
             if len(parts) == 2:
-                torch.add(parts[0], parts[1], out=mean).mul_(share)
+                torch.add(parts[0], parts[1], out=block.mean).mul_(share)
             else:
-                torch.mul(parts[0], share, out=mean)
-            if number < self._num_gradient_pieces:
-                self._norm.add(mean)
+                torch.mul(parts[0], share, out=block.mean)
+            self._norm.look(block.first_piece, block.first_piece + block.num_pieces)
 
     def _update_buffers(self, lag: int) -> None:
         """Add the buffers' mean changes. A constant buffer changes by exactly 0 and keeps its bits.
@@ -324,18 +321,38 @@ class ParameterServer:
                 ) from error
 
 
-def _sizes(count: int) -> list[int]:
-    """The lengths of the pieces in which so many values are averaged."""
-    return [min(PIECE, count - start) for start in range(0, count, PIECE)]
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The values [start, stop) of a server's span: some of the norm's pieces, or none where they are no gradients."""
+
+    start: int
+    stop: int
+    mean: Tensor
+    first_piece: int
+    num_pieces: int
+
+
+def _blocks(mean: Tensor, pieces: Sequence[int]) -> list[_Block]:
+    """A span's values in blocks: first those of the gradients, whose pieces have these lengths, then the others."""
+    blocks: list[_Block] = []
+    start = stop = first = 0
+    for number, size in enumerate(pieces, start=1):
+        stop += size
+        if stop - start >= _BLOCK or number == len(pieces):
+            blocks.append(_Block(start, stop, mean[start:stop], first, number - first))
+            start, first = stop, number
+    if stop < len(mean):
+        blocks.append(_Block(stop, len(mean), mean[stop:], first, 0))
+    return blocks
 
 
 def _piece_sizes(layout: Layout, span: Span) -> list[int]:
-    """The same for the gradients of a span. Pieces end with each tensor, so that they, and with them the norm's bits,
-    do not depend on how the vector is cut into slices."""
+    """The lengths of the pieces in which the norm of a span's gradients is taken. They end with each tensor, so that
+    they, and with them the norm's bits, do not depend on how the vector is cut into slices."""
     sizes: list[int] = []
     start = 0
     for extent in extents(layout):
         if span.start <= start < span.stop:
-            sizes += _sizes(extent)
+            sizes += [min(PIECE, extent - at) for at in range(0, extent, PIECE)]
         start += extent
     return sizes
