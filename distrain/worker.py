@@ -10,7 +10,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -262,35 +262,32 @@ class Worker:
             if finish is not None:
                 finish(Block(place, place + 1), part)
             free += [freed.slot for freed in tree.put(Block(place, place + 1), part)]
-        answer = Frame(
-            Kind.PUSH,
-            frame.round,
-            frame.step,
-            incarnation=self._incarnation,
-            data_s=data_s,
-            compute_s=time.perf_counter() - start - data_s,
-            data_bytes=num_bytes,
-        )
+        compute_s = time.perf_counter() - start - data_s
         for block, part in tree:
             payload: Any = b""
             if frame.kind is Kind.VALIDATE:
                 payload = part.vector.numpy()
             elif not self._shared:
                 payload = self._slots.bytes(part.slot)
-            self._link.send(
-                replace(
-                    answer,
-                    first=block.first,
-                    stop=block.stop,
-                    slot=part.slot,
-                    samples=part.samples,
-                    loss=part.loss,
-                    weight=part.weight,
-                    squares=part.squares,
-                    payload=payload,
-                )
+            push = Frame(
+                Kind.PUSH,
+                frame.round,
+                frame.step,
+                block.first,
+                block.stop,
+                self._incarnation,
+                part.slot,
+                samples=part.samples,
+                data_bytes=num_bytes,
+                loss=part.loss,
+                weight=part.weight,
+                squares=part.squares,
+                data_s=data_s,
+                compute_s=compute_s,
+                payload=payload,
             )
-            answer = replace(answer, data_s=0.0, compute_s=0.0, data_bytes=0)
+            self._link.send(push)
+            data_s, compute_s, num_bytes = 0.0, 0.0, 0  # told with the first block
 
     def _free_slots(self, frame: Frame) -> list[int]:
         """The push slots that a training task may use, all those of its set at the round's first task."""
