@@ -1,0 +1,69 @@
+"""What the server does to the sums of a step, beside what whole runs show."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distrain.config import OptimizerConfig
+from distrain.exchange.memory import Layout, views
+from distrain.exchange.slices import cut
+from distrain.learning.clipping import total_norm
+from distrain.reduction import Partial
+from distrain.server.parameter_server import ParameterServer
+
+
+def model() -> nn.Module:
+    """Parameters of more than two blocks, the last of them odd, and buffers behind them."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(700, 701), nn.BatchNorm1d(701), nn.Linear(701, 301))
+
+
+def some_sum(layout: Layout, seed: int) -> torch.Tensor:
+    """A pushed vector: random where a tensor's values are, 0 between tensors, and whole batches counted."""
+    generator, vector = torch.Generator().manual_seed(seed), torch.zeros(layout.num_floats)
+    for view in views(vector, (*layout.parameters, *layout.float_buffers)):
+        view.normal_(generator=generator)
+    for view in views(vector, layout.int_buffers):
+        view.fill_(10.0)
+    return vector
+
+
+@pytest.mark.parametrize("num_halves", [1, 2])
+def test_an_average_is_the_same_to_the_bit_in_blocks_and_at_once(num_halves: int):
+    server = ParameterServer(model(), OptimizerConfig(name="SGD", lr=1.0))
+    layout = server.layout
+    before = server.current.floats.clone()
+    sums = [some_sum(layout, seed) for seed in range(num_halves)]
+    update = server.apply(tuple(Partial(vector.clone(), 10, 1.0, 3.0) for vector in sums), 1)
+
+    whole = sum(sums[1:], sums[0])
+    gradient = whole[: layout.num_gradients] * torch.tensor(1 / (3.0 * num_halves), dtype=torch.float32)
+    changes = whole[layout.num_gradients :] * torch.tensor(1 / (10.0 * num_halves), dtype=torch.float32)
+    stop = layout.int_buffers[0].start
+    after = before.clone()
+    after[: layout.num_gradients] -= gradient
+    after[layout.num_gradients : stop] += changes[: stop - layout.num_gradients]
+    assert torch.equal(server.current.floats[:stop], after[:stop])
+    assert update.grad_norm == pytest.approx(torch.linalg.vector_norm(gradient.double()).item(), rel=1e-12)
+
+
+def test_the_squared_norms_do_not_depend_on_the_slices():
+    """Each slice gives those of its own pieces, and all pieces together are those of one server."""
+
+    def squares(num_slices: int) -> list[float]:
+        found: list[float] = []
+        for number in range(num_slices):
+            layout = Layout.of(model())
+            span = cut(layout, num_slices)[number]
+            server = ParameterServer(model(), OptimizerConfig(), span=span)
+            server.share = lambda values: found.extend(values) or values
+            vector = some_sum(layout, 2)
+            server.apply((Partial(vector[span.start : span.stop].clone(), 10, 1.0, 10.0),), 1)
+        return found
+
+    assert squares(1) == squares(3)
+    assert math.isfinite(total_norm(squares(3)))
