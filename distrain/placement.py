@@ -33,7 +33,7 @@ from distrain.signals import SIGNALS
 _LOCAL_WORKERS_PER_CORE = 4  # a Ray of our own lends a core to this many workers, more slowly
 _OBJECT_STORE_BYTES = 128 * 1024 * 1024  # only checkpoints pass through it
 _RESERVE_SECONDS = 30.0
-_PATIENCE_SECONDS = 5.0  # after which a Ray of our own, which nobody else uses, has lost the room; doubled each time
+_PATIENCE_SECONDS = 2.0  # after which a Ray of our own, which nobody else uses, has lost the room; doubled each time
 _ANSWER_SECONDS = 5.0
 _GROW_SECONDS = 2.0  # for workers beyond those that are needed, at the start
 

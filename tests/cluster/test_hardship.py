@@ -57,7 +57,8 @@ def test_a_kill_every_two_seconds_for_a_minute(tmp_path: Path):
 
 
 def test_one_in_ten_of_rays_calls_fails(tmp_path: Path):
-    job = write_job(tmp_path, tracking={"enabled": False}, epochs=200)
+    """In a run that trains for longer than Ray takes to start: its own start takes 3 to 17 s more, by chance."""
+    job = write_job(tmp_path, tracking={"enabled": False}, epochs=600)
     expected = distrain("train", str(job), "--json", cwd=tmp_path)
     failures = {"*": {"num_failures": -1, "req_failure_prob": 5, "resp_failure_prob": 5}}
     found = distrain("train", str(job), "--json", cwd=tmp_path, RAY_testing_rpc_failure=json.dumps(failures))
@@ -73,7 +74,7 @@ from distrain.placement import Cluster
 cluster = Cluster("local", WorkersConfig(count=2))
 del os.environ["RAY_testing_rpc_failure"]  # a Ray started from here on loses nothing
 start = time.monotonic()
-print(cluster.reserve().ranks, time.monotonic() - start > 4)
+print(cluster.reserve().ranks, time.monotonic() - start > 1.5)
 cluster.close()
 """
 
