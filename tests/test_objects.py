@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,13 @@ from distrain.storage import Mirror, place
 from tests.support.jobs import distrain, write_job
 from tests.test_checkpoint import FIELDS, snapshot
 
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
 
 @pytest.fixture
-def client(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-
-
-@pytest.fixture
-def runs(client: Any, endpoint: str, tmp_path: Path) -> ObjectPath:
+def runs(s3: Any, s3_endpoint: str, tmp_path: Path) -> ObjectPath:
     """A folder in a bucket of its own."""
     bucket = f"b{abs(hash(str(tmp_path))):x}"
-    client.create_bucket(Bucket=bucket)
-    found = place(f"s3://{bucket}/all runs?endpoint_override={endpoint}&region=us-east-1".replace(" ", "%20"))
+    s3.create_bucket(Bucket=bucket)
+    found = place(f"s3://{bucket}/all runs?endpoint_override={s3_endpoint}&region=us-east-1".replace(" ", "%20"))
     assert isinstance(found, ObjectPath)
     return found
 
@@ -62,7 +42,7 @@ def put(file: ObjectPath, content: bytes) -> None:
     objects.write_file(file, content)
 
 
-def test_places_are_what_their_uris_say(client: Any):
+def test_places_are_what_their_uris_say(s3: Any):
     uri = "s3://me:secret@bucket/a%20b/run?region=us-east-1"
     found = place(uri)
     assert isinstance(found, ObjectPath)
@@ -205,12 +185,12 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket(runs: ObjectPath, tmp_path: Pat
     assert history.stdout.startswith("40 steps, each microbatch in one of them"), history.stderr
 
 
-def test_doctor_writes_where_checkpoints_go_and_leaves_nothing(client: Any, endpoint: str):
-    client.create_bucket(Bucket="checked")
-    query = f"?endpoint_override={endpoint}&region=us-east-1"
+def test_doctor_writes_where_checkpoints_go_and_leaves_nothing(s3: Any, s3_endpoint: str):
+    s3.create_bucket(Bucket="checked")
+    query = f"?endpoint_override={s3_endpoint}&region=us-east-1"
     found = doctor.checkpoints(CheckpointConfig(dir=f"s3://checked/runs{query}"))
     assert found.verdict == "ok", found
-    keys = {each["Key"] for each in client.list_objects_v2(Bucket="checked").get("Contents", [])}
+    keys = {each["Key"] for each in s3.list_objects_v2(Bucket="checked").get("Contents", [])}
     assert keys <= {"runs/"}  # pyarrow marks the folder
     missing = doctor.checkpoints(CheckpointConfig(dir=f"s3://no-such-bucket/runs{query}"))
     assert (missing.verdict, missing.exit_code) == ("failed", 2) and "bucket" in missing.advice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,28 +12,13 @@ from distrain.data.dataset import open_dataset
 from distrain.errors import DataError
 from tests.support.jobs import write_rows
 
-boto3 = pytest.importorskip("boto3")
-moto_server = pytest.importorskip("moto.server")
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
 
 @pytest.fixture
-def bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-    client.create_bucket(Bucket="rows")
+def bucket(s3: Any, s3_endpoint: str, tmp_path: Path) -> str:
+    s3.create_bucket(Bucket="rows")
     for file in sorted(write_rows(tmp_path / "rows", 60).iterdir()):
-        client.upload_file(str(file), "rows", f"train/{file.name}")
-    return f"?endpoint_override={endpoint}&region=us-east-1"
+        s3.upload_file(str(file), "rows", f"train/{file.name}")
+    return f"?endpoint_override={s3_endpoint}&region=us-east-1"
 
 
 def test_folders_globs_and_files_of_a_bucket(bucket: str, tmp_path: Path):

@@ -17,7 +17,7 @@ from distrain.relay import Relay
 from distrain.server.loop import LoopSettings
 from distrain.worker import Worker
 from tests.server.test_loop import source
-from tests.support.runs import Job, KilledWorker, Run, open_run, start_relay, start_worker, task, train
+from tests.support.runs import Job, KilledWorker, Mortal, Run, open_run, start_relay, start_worker, task, train
 
 WITH_EVERYTHING = {
     "clip": ClipConfig(norm=0.5),
@@ -144,23 +144,6 @@ def test_a_quorum_over_hosts_takes_every_row_once_an_epoch():
     finish(run)
     report = run.reports.drain()
     assert sum(r.samples for r in report.steps) == 3 * 137
-
-
-class Mortal(Worker):
-    """Dies, as a killed process does, when asked for a step of `deaths`: {rank: (step, when)}."""
-
-    deaths: ClassVar[dict[int, tuple[int, str]]] = {}
-    died: ClassVar[list[int]] = []
-
-    def handle(self, frame: Frame) -> None:
-        step, when = self.deaths.get(self.rank, (-1, ""))
-        if frame.step != step or self.rank in self.died or frame.kind is not Kind.TRAIN:
-            return super().handle(frame)
-        if when == "after":
-            super().handle(frame)
-        self.died.append(self.rank)
-        self._link.close()
-        raise KilledWorker
 
 
 @pytest.mark.parametrize("slices", [1, 2])

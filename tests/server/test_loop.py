@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ from distrain.server.loop import LoopSettings
 from distrain.server.parameter_server import ParameterServer
 from distrain.worker import Source, Worker
 from tests.support.datasets import ArrayDataset
-from tests.support.runs import Job, KilledWorker, open_run, start_worker, task, train
+from tests.support.runs import Job, Mortal, open_run, start_worker, task, train
 
 
 def source(rows: int = 137, batch_size: int = 16, shards: int = 4, seed: int = 0, shuffle: bool = True) -> Source:
@@ -61,23 +60,6 @@ def test_any_number_of_workers_over_any_link_gives_the_same_bits(undisturbed, nu
     assert [v.samples for v in report.validations] == [50, 50, 50]
     assert report.validations[-1].metrics["loss"] < report.validations[0].metrics["loss"]
     assert {r.workers for r in report.steps} == {num_workers}
-
-
-class Mortal(Worker):
-    """Dies, as a killed process does, when asked for a step of `deaths`: {rank: (step, when)}."""
-
-    deaths: ClassVar[dict[int, tuple[int, str]]] = {}
-    died: ClassVar[list[int]] = []
-
-    def handle(self, frame: Frame) -> None:
-        step, when = self.deaths.get(self.rank, (-1, ""))
-        if frame.step != step or self.rank in self.died:
-            return super().handle(frame)
-        if when == "after":
-            super().handle(frame)
-        self.died.append(self.rank)
-        self._link.close()
-        raise KilledWorker
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

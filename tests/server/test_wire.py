@@ -17,8 +17,8 @@ from distrain.learning.fingerprint import parameters_sha256
 from distrain.preparation import prepare
 from distrain.server.loop import LoopSettings
 from distrain.worker import WorkerOptions
-from tests.server.test_hosts import Mortal, MortalRelay, finish, job, on_any_hosts, spread
-from tests.support.runs import Job, Run, open_run, start_relay, start_worker, train
+from tests.server.test_hosts import MortalRelay, finish, job, on_any_hosts, spread
+from tests.support.runs import Job, Mortal, Run, open_run, start_relay, start_worker, train
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -21,7 +22,7 @@ from distrain.config import (
 )
 from distrain.devices import Arithmetic, Device, HostDevice
 from distrain.errors import DistrainError
-from distrain.exchange.link import Hub
+from distrain.exchange.link import Frame, Hub, Kind
 from distrain.exchange.memory import Layout
 from distrain.exchange.slices import cut
 from distrain.exchange.wire import WIRES
@@ -160,6 +161,23 @@ def start_relay(run: Run, job: Job, slice_: int | None = None, cls: type[Relay] 
 
 class KilledWorker(Exception):
     """A worker's sudden end, as a value for tests."""
+
+
+class Mortal(Worker):
+    """Dies, as a killed process does, when asked for a training step of `deaths`: {rank: (step, when)}."""
+
+    deaths: ClassVar[dict[int, tuple[int, str]]] = {}
+    died: ClassVar[list[int]] = []
+
+    def handle(self, frame: Frame) -> None:
+        step, when = self.deaths.get(self.rank, (-1, ""))
+        if frame.step != step or self.rank in self.died or frame.kind is not Kind.TRAIN:
+            return super().handle(frame)
+        if when == "after":
+            super().handle(frame)
+        self.died.append(self.rank)
+        self._link.close()
+        raise KilledWorker
 
 
 def train(job: Job, num_workers: int = 1, links: str = "unix", cls: type[Worker] = Worker) -> tuple[Run, Report]:
