@@ -7,9 +7,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections import Counter
 from contextlib import closing
@@ -28,7 +26,7 @@ from distrain.config import WorkersConfig
 from distrain.devices.cuda import cuda_problem
 from distrain.errors import ClusterError
 from distrain.ray_guard import RayGuard
-from distrain.signals import SIGNALS
+from distrain.signals import handlers_kept
 
 _LOCAL_WORKERS_PER_CORE = 4  # a Ray of our own lends a core to this many workers, more slowly
 _OBJECT_STORE_BYTES = 128 * 1024 * 1024  # only checkpoints pass through it
@@ -146,13 +144,8 @@ def check_answers(address: str) -> None:
 
 def _init(**settings: Any) -> None:
     """`ray.init`, which leaves this process its signal handlers: Ray's SIGTERM handler ends the program."""
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS} if is_main else {}
-    try:
+    with handlers_kept():
         ray.init(**settings)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _is_lost(table: dict[str, Any]) -> bool:

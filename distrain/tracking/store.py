@@ -72,7 +72,7 @@ class MlflowRun:
         Raises TrackingError when the store cannot be opened, or does not have the run.
         """
         try:
-            client = MlflowClient(uri, registry_uri=uri)
+            client = open_store(uri)
             if description.resume_run_id is None:
                 experiment_id = _experiment_id(client, uri, experiment)
                 run = client.create_run(experiment_id, run_name=description.run_name, tags=_origin_tags())
@@ -192,14 +192,14 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status)
 
 
-def open_store(uri: str) -> None:
+def open_store(uri: str) -> MlflowClient:
     """Connect to a store; one in a database that is new gets its tables (about 2 s of processor)."""
-    MlflowClient(uri, registry_uri=uri)
+    return MlflowClient(uri, registry_uri=uri)
 
 
 def open_run(uri: str, run_id: str) -> MlflowRun:
     """A run that is there, by its MLflow id."""
-    client = MlflowClient(uri, registry_uri=uri)
+    client = open_store(uri)
     return MlflowRun(client, client.get_run(run_id))
 
 
@@ -221,7 +221,7 @@ class Logged:
 def read_runs(uri: str, experiment: str, references: Sequence[str]) -> list[Logged]:
     """Runs by id or name; a sweep's parent stands for its children, oldest first. Raises TrackingError for an unknown
     one."""
-    client = MlflowClient(uri, registry_uri=uri)
+    client = open_store(uri)
     found: list[Run] = []
     for reference in references:
         run = _find_run(client, experiment, reference)
