@@ -210,9 +210,11 @@ class ServerActor:
         if self._loop is not None:
             self._loop.retire(launch)
 
-    def give_up(self, launch: int, cause: str) -> None:
+    def give_up(self, launch: int, cause: str) -> bool:
+        """Go on without a worker. Whether the run goes on, and is not over by now."""
         if self._loop is not None:
             self._loop.give_up(launch, cause)
+        return self._loop is None or not self._loop.is_over
 
     def abort(self, error: DistrainError) -> None:
         if self._loop is not None:
@@ -276,6 +278,10 @@ class WorkerActor:
         worker.join(ready.address, node == server_node, run.token, launch)
         worker.run()
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class SpareActor(WorkerActor):
+    """A worker's process that has no place yet. With a name of its own, so that it is not taken for one at work."""
 
 
 def _server(built: Task, update: UpdateSpec, slice_: int, seed: int) -> ParameterServer:

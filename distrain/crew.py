@@ -11,7 +11,17 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from distrain.actors import Ready, RelayActor, Restored, RunSpec, ServerActor, UpdateSpec, WorkerActor, worker_failure
+from distrain.actors import (
+    Ready,
+    RelayActor,
+    Restored,
+    RunSpec,
+    ServerActor,
+    SpareActor,
+    UpdateSpec,
+    WorkerActor,
+    worker_failure,
+)
 from distrain.config import WorkersConfig
 from distrain.errors import ClusterError, DistrainError, LinkError, ServerLost, TrainingError
 from distrain.placement import Placement
@@ -71,6 +81,9 @@ class Crew:
         self._peak_bytes = 0  # the most memory of a worker that has ended
         self._nodes: dict[int, str] = {}  # launch -> the node of the room it was started in
         self._leaving: dict[int, int] = {}  # launch on a node that is about to go -> rank
+        self._joining: set[int] = set()  # launches that have not joined yet
+        self._losing: set[str] = set()  # nodes that lost a worker
+        self._spares: dict[str, Any] = {}  # by such a node: who takes the next one's place
 
     @property
     def failures(self) -> int:
@@ -130,7 +143,8 @@ class Crew:
         now = time.monotonic()
         for due in [due for due in self._due if due[0] <= now]:
             self._due.remove(due)
-            self._start_worker(due[1])
+            self._replace_worker(due[1])
+        self._start_spares()
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
             self._look_at_cluster()
@@ -145,6 +159,7 @@ class Crew:
             self._step = report.steps[-1].step
         for event in report.events:
             if event.kind == "joined":
+                self._joining.discard(event.launch)
                 self._supervision.joined(event.rank, event.step)
                 for launch, rank in self._leaving.items():
                     if rank == event.rank and launch != event.launch:  # its replacement is there
@@ -208,9 +223,13 @@ class Crew:
         """End every actor that is left."""
         if self._server is None:
             return
-        for actor in [self._server, *(relay.actor for relay in self._relays), *self._workers.values()]:
+        relays = [relay.actor for relay in self._relays]
+        for actor in [self._server, *relays, *self._workers.values(), *self._spares.values()]:
             ray.kill(actor)
         self._relays.clear()
+        self._spares.clear()
+        self._losing.clear()
+        self._joining.clear()
         calls = list(self._worker_calls)
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS)
@@ -251,31 +270,65 @@ class Crew:
 
     def _start_worker(self, rank: int) -> None:
         """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node."""
-        gpus = self._config.gpus_of(rank)
         actor = ray.remote(WorkerActor).options(
             num_cpus=self._config.cpus,
-            num_gpus=gpus,
+            num_gpus=self._config.gpus_of(rank),
             max_restarts=0,
             scheduling_strategy=self._placement.for_worker(rank),
         ).remote()  # fmt: skip
+        self._run_worker(rank, actor, self._placement.nodes().get(rank, ""))
+
+    def _note_loss(self, node: str, is_spare_useless: bool) -> None:
+        """A process died on a node, which may lose more. No spare helps where memory is short, or where workers have
+        GPUs, which Ray assigns to an actor as it starts."""
+        if node and not is_spare_useless:
+            self._losing.add(node)
+            return
+        self._losing.discard(node)
+        if node in self._spares:
+            ray.kill(self._spares.pop(node))
+
+    def _replace_worker(self, rank: int) -> None:
+        """Start a worker in the place of one that ended; or have a spare take it, as most of a worker's start is
+        imports."""
+        node = self._placement.nodes().get(rank, "")
+        spare = self._spares.pop(node, None) if not self._config.gpus_of(rank) else None
+        if spare is None:
+            self._start_worker(rank)
+        else:
+            self._run_worker(rank, spare, node)
+
+    def _start_spares(self) -> None:
+        """Have a spare ready on each node that lost a worker, as soon as it holds up at most one worker's start."""
+        if len(self._joining) > 1:
+            return
+        for node in self._losing - self._spares.keys():
+            self._spares[node] = ray.remote(SpareActor).options(
+                num_cpus=0, max_restarts=0, scheduling_strategy=self._placement.on(node)
+            ).remote()  # fmt: skip
+
+    def _run_worker(self, rank: int, actor: Any, node: str) -> None:
+        """Have an actor, started or about to be, do the work of a rank."""
         threads = worker_threads(self._config.cpus)
         launch, self._launches = self._launches, self._launches + 1
-        node = self._placement.nodes().get(rank, "")
         relay = self._relay_for(node)
         by = (relay.ready, relay.node) if relay is not None else (None, "")
-        call = actor.run.remote(
-            rank, launch, self._run, self._ready, self._placement.server_node, threads, gpus > 0, *by
+        has_gpu = self._config.gpus_of(rank) > 0
+        call = actor.run.options(name="WorkerActor.run").remote(  # which its process is called from now on
+            rank, launch, self._run, self._ready, self._placement.server_node, threads, has_gpu, *by
         )
         self._workers[launch] = actor
+        self._joining.add(launch)
         self._nodes[launch] = node
         self._worker_calls[call] = (rank, launch)
 
     def _worker_ended(self, call: Any) -> None:
-        """Tell the server of a worker's end. What follows is decided when that has answered: where it is dead, its
-        workers end with it, which is no failure of theirs."""
+        """Tell the server of a worker's end. What follows is decided when that has answered: where it is dead, or the
+        run is over, its workers end with it, which is no failure of theirs."""
         rank, launch = self._worker_calls.pop(call)
         actor = self._workers.pop(launch)
-        self._nodes.pop(launch, None)
+        node = self._nodes.pop(launch)
+        self._joining.discard(launch)
         has_moved = self._leaving.pop(launch, None) is not None
         try:
             self._peak_bytes = max(self._peak_bytes, ray.get(call))
@@ -288,6 +341,7 @@ class Crew:
         except RayError as error:  # it died, or ran out of memory, or is only out of reach
             cause = error
             ray.kill(actor)
+            self._note_loss(node, isinstance(error, OutOfMemoryError) or self._config.gpus_of(rank) > 0)
         if has_moved and any(other == rank for other, _ in self._worker_calls.values()):
             return  # its replacement is there or starts
         if isinstance(cause, ClusterError) and not self._has_begun:  # the same would happen to a replacement
@@ -301,7 +355,8 @@ class Crew:
         """Replace a worker whose end the server knows of, or not."""
         rank, failure = self._told.pop(call)
         try:
-            ray.get(call)
+            if not ray.get(call):
+                return  # the run is over, as its own call is about to say
         except RayError:
             return  # the server is dead, as its own call is about to say
         match self._supervision.ended(rank, failure, self._step):

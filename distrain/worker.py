@@ -10,6 +10,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +209,8 @@ class Worker:
                 raise
         except DistrainError as error:
             report = {"error": type(error).__name__, "message": error.message}
-            self._link.send(Frame(Kind.FAILED, self._asked, payload=json.dumps(report).encode()))
+            with suppress(LinkError):  # where the run is over: another worker may have met the same
+                self._link.send(Frame(Kind.FAILED, self._asked, payload=json.dumps(report).encode()))
             raise
         finally:
             self.close()

@@ -128,6 +128,7 @@ class Loop:
         self._symptoms = Symptoms()
         self._skipping = Skipping(settings.max_skipped, plan.num_rows_of, self._tell)
         self._stop_reason: str | None = None
+        self.is_over = False
         self.step = 0
         self._last_snapshot = -1
         self._snapshot_at = time.monotonic()
@@ -176,6 +177,7 @@ class Loop:
         try:
             return self._run()
         finally:
+            self.is_over = True
             self._rounds.end()
 
     def _run(self) -> Outcome:

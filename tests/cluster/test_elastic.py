@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,27 +20,40 @@ from tests.support.jobs import write_plain_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
-STEPS = 400
+STEPS = 600  # enough for two nodes to join one after the other and to be lost
 
 
-def play(scenario: str, folder: Path, *overrides: str) -> dict[str, Any]:
+def write_slow_job(folder: Path) -> Path:
+    slow = {"factory": "tests.support.slow:build", "args": {"seconds": 0.01}}
+    return write_plain_job(folder, model=slow, epochs=STEPS // 10, tracking={"enabled": False})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The hash of the parameters of the same run where nothing happens."""
+    job = write_slow_job(tmp_path_factory.mktemp("undisturbed"))
+    result = Trainer(load_config(job, ["workers.count=4", "cluster.address=local"])).fit()
+    assert result.steps == STEPS
+    return result.parameters_sha256
+
+
+@pytest.fixture
+def play(undisturbed: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Have something happen to a run on a cluster of several nodes, and return what it says."""
-    job = write_plain_job(
-        folder,
-        model={"factory": "tests.support.slow:build", "args": {"seconds": 0.01}},
-        epochs=STEPS // 10,
-        tracking={"enabled": False},
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.nodes", scenario, str(job), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"same"')))
-    assert said["same"] and said["steps"] == STEPS
-    return said
+
+    def run(scenario: str, *overrides: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.nodes", scenario, str(write_slow_job(tmp_path)), *overrides],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"parameters')))
+        assert said["parameters_sha256"] == undisturbed and said["steps"] == STEPS
+        return said
+
+    return run
 
 
 class Pace(SilentProgress):
@@ -56,43 +70,43 @@ def of_kind(said: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [event for event in said["events"] if event["kind"] == kind]
 
 
-def test_a_run_grows_with_the_cluster_and_shrinks_to_one(tmp_path: Path):
-    said = play("grow_and_shrink", tmp_path)
+def test_a_run_grows_with_the_cluster_and_shrinks_to_one(play):
+    said = play("grow_and_shrink")
     assert said["workers"][:3] == [1, 2, 3] and 1 in said["workers"][3:]
     assert len(of_kind(said, "lost")) == 2
     assert all(event["seconds"] < 1.0 for event in of_kind(said, "recovered"))
 
 
-def test_a_worker_moves_before_its_node_is_taken_away(tmp_path: Path):
-    said = play("preempt_worker", tmp_path)
+def test_a_worker_moves_before_its_node_is_taken_away(play):
+    said = play("preempt_worker")
     assert of_kind(said, "lost") == []
     [left] = of_kind(said, "left")
     assert left["time_ms"] / 1000 < said["end"]
     assert [event["rank"] for event in of_kind(said, "joined")][2:] == [left["rank"]], "its replacement came first"
 
 
-def test_the_server_moves_before_its_node_is_taken_away_and_no_step_is_done_again(tmp_path: Path):
-    said = play("preempt_server", tmp_path)
+def test_the_server_moves_before_its_node_is_taken_away_and_no_step_is_done_again(play):
+    said = play("preempt_server")
     assert of_kind(said, "lost") == []
     [moved] = [note for note in said["notes"] if "the parameter server's node is about to go" in note]
     assert moved.endswith("0 steps before the last one reported")
 
 
-def test_a_killed_relay_costs_no_step(tmp_path: Path):
-    said = play("kill_relay", tmp_path)
+def test_a_killed_relay_costs_no_step(play):
+    said = play("kill_relay")
     [lost] = of_kind(said, "lost")
     assert "its host's relay is lost" in lost["message"]
     assert not any("going on from step" in note for note in said["notes"])
 
 
-def test_after_the_server_of_a_slice_is_killed_the_run_goes_on_from_its_checkpoint(tmp_path: Path):
-    said = play("kill_relay", tmp_path, "server.slices=2")
+def test_after_the_server_of_a_slice_is_killed_the_run_goes_on_from_its_checkpoint(play):
+    said = play("kill_relay", "server.slices=2")
     [note] = [note for note in said["notes"] if "the server of slice 0 is lost" in note]
     assert "going on from step" in note
 
 
-def test_a_killed_node_costs_no_step(tmp_path: Path):
-    said = play("kill_node", tmp_path)
+def test_a_killed_node_costs_no_step(play):
+    said = play("kill_node")
     [recovered] = of_kind(said, "recovered")
     assert recovered["seconds"] < 1.0
 

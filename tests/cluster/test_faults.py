@@ -118,6 +118,28 @@ def test_all_workers_killed_at_once(undisturbed: str, job: Path):
     assert recovered.seconds is not None and recovered.seconds < 15
 
 
+def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(undisturbed: str, job: Path):
+    """It is not killed for a worker while it waits, nor left behind when the run ends."""
+    spares: list[psutil.Process] = []
+
+    def lose_two() -> None:
+        first = workers_of(os.getpid())[0]
+        first.kill()
+        spares.extend(wait_for(lambda: workers_of(os.getpid(), "SpareActor"), what="the spare"))
+        wait_for(lambda: len(watcher.of_kind("joined")) == 3, what="the first one's replacement")
+        workers_of(os.getpid())[0].kill()
+        wait_for(lambda: spares[0].pid in [process.pid for process in workers_of(os.getpid())], 10, "the takeover")
+
+    thread = threading.Thread(target=lose_two)  # what the watcher does holds the driver up
+    watcher = Watcher(thread.start)
+    slow = "model={factory: 'tests.support.slow:build', args: {seconds: 0.01}}"
+    result, found = fit(job, watcher, slow, "data.standardize=false")
+    thread.join(1)
+    assert not thread.is_alive() and len(spares) == 1
+    assert result.worker_failures == 2 and found.incarnations == 4
+    wait_for(lambda: not workers_of(os.getpid(), "SpareActor"), 10, "the spare's end")
+
+
 def test_a_worker_that_hangs_is_given_up_at_the_deadline(undisturbed: str, job: Path):
     stopped: list[psutil.Process] = []
 

@@ -20,7 +20,7 @@ from distrain.config import (
     PenaltyConfig,
 )
 from distrain.data.plan import Plan
-from distrain.errors import DivergenceError, TrainingDataError, TrainingError
+from distrain.errors import DistrainError, DivergenceError, TrainingDataError, TrainingError
 from distrain.exchange.link import Frame, Kind
 from distrain.exchange.memory import Published
 from distrain.learning.task import TaskSpec, build_task
@@ -515,6 +515,36 @@ def test_what_the_users_model_raises_ends_the_run_with_their_traceback():
     assert "step 4, shard 0: the model or the loss raised RuntimeError" in error.value.message
     assert "features (4, 4) torch.float32" in error.value.message
     assert "features @ torch.zeros(99, 1)" in error.value.message
+
+
+def test_a_worker_that_meets_the_users_error_once_the_run_is_over_raises_that():
+    """It met what another worker told the server a moment before: no link of its own broke."""
+    over = threading.Event()
+    raised: list[DistrainError] = []
+
+    class SecondFaulty(Faulty):
+        def handle(self, frame: Frame) -> None:
+            if frame.step == 3 and self.rank == 1:
+                over.wait(30)
+            super().handle(frame)
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except DistrainError as error:
+                if self.rank == 1:
+                    raised.append(error)
+                raise
+
+    the_job = job(num_workers=2)
+    run = open_run(the_job)
+    threads = [start_worker(run, the_job, rank, cls=SecondFaulty) for rank in range(2)]
+    with pytest.raises(TrainingError):
+        run.loop.run()
+    assert run.loop.is_over
+    over.set()
+    threads[1].join(10)
+    assert [type(error) for error in raised] == [TrainingError]
 
 
 def test_clipping_bounds_the_step_and_is_reported():

@@ -142,7 +142,6 @@ def main() -> None:
     for _ in range(1 if scenario == "grow_and_shrink" else 2):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    expected = Trainer(load_config(job, ["workers.count=1", *overrides])).fit().parameters_sha256
     watch = Watch()
     workers = "workers={min: 1, count: 1, max: 3}" if scenario == "grow_and_shrink" else "workers={count: 2}"
     trainer = Trainer(load_config(job, [*overrides, workers]), watch)
@@ -151,7 +150,7 @@ def main() -> None:
         SCENARIOS[scenario](cluster, watch)
         result = fit.result()
     said = {
-        "same": result.parameters_sha256 == expected,
+        "parameters_sha256": result.parameters_sha256,
         "steps": result.steps,
         "workers": watch.workers,
         "end": watch.end,
