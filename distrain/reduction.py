@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+_NO_SLOT = -1
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Block:
@@ -57,6 +59,13 @@ class Partial:
         self.weight += right.weight
         self.squares += right.squares
 
+    def plus(self, right: Partial, vector: Any) -> Partial:
+        """The sum of this and the sibling block to the right, in a vector of its own, which lies in no slot."""
+        vector[:] = self.vector
+        total = Partial(vector, self.samples, self.loss, self.weight, _NO_SLOT, self.squares)
+        total.add(right)
+        return total
+
 
 Finish = Callable[[Block, Partial], None]
 """What is done, in place, to a node of the tree that has just been added up."""
@@ -64,10 +73,10 @@ Finish = Callable[[Block, Partial], None]
 
 class TreeSum:
     """Sums the parts of a step in the fixed order, as far as what has been put allows. `finish` is done to each sum of
-    two halves but the root's."""
+    two halves but the root's. What is put is added to, unless `fresh` gives vectors for sums."""
 
-    def __init__(self, num_shards: int, finish: Finish | None = None) -> None:
-        self._num_shards, self._finish = num_shards, finish
+    def __init__(self, num_shards: int, finish: Finish | None = None, fresh: Callable[[], Any] | None = None) -> None:
+        self._num_shards, self._finish, self._fresh = num_shards, finish, fresh
         self._by_first: dict[int, tuple[Block, Partial]] = {}
         self._by_stop: dict[int, Block] = {}
 
@@ -82,14 +91,12 @@ class TreeSum:
                 break
             if left is not None and left.joins(block, self._num_shards):
                 left_part = self._take(left)
-                left_part.add(part)
                 freed.append(part)
-                block, part = Block(left.first, block.stop), left_part
+                block, part = Block(left.first, block.stop), self._sum(left_part, part)
             elif right is not None and block.joins(right[0], self._num_shards):
                 right_part = self._take(right[0])
-                part.add(right_part)
                 freed.append(right_part)
-                block = Block(block.first, right[0].stop)
+                block, part = Block(block.first, right[0].stop), self._sum(part, right_part)
             else:
                 break
             if self._finish is not None:
@@ -97,6 +104,12 @@ class TreeSum:
         self._by_first[block.first] = (block, part)
         self._by_stop[block.stop] = block
         return freed
+
+    def _sum(self, left: Partial, right: Partial) -> Partial:
+        if self._fresh is not None and left.slot != _NO_SLOT:
+            return left.plus(right, self._fresh())
+        left.add(right)
+        return left
 
     def _is_half_of_all(self, block: Block) -> bool:
         """Whether the block is one of the tree's last two: whoever averages adds them in the same pass."""

@@ -13,11 +13,15 @@ import queue
 import struct
 import threading
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from distrain.errors import DivergenceError, LinkError, TrainingDataError
-from distrain.exchange.link import Address, Frame, Hub, Kind, SocketLink, connect, unpack_integers
+from distrain.exchange.link import Address, Frame, Hub, Kind, SocketLink, connect, pushes_digest, unpack_integers
 from distrain.exchange.memory import Layout, Published, PushSlots
 from distrain.exchange.slices import Span, cut
 from distrain.exchange.state import pack_state, unpack_state
@@ -39,6 +43,25 @@ class _Worker:
     incarnation: int
     link: SocketLink
     slots: PushSlots
+
+
+@dataclass(eq=False)
+class _Work:
+    """What the workers of this host do in a round of `count` places. A push is (incarnation, slot, first, stop)."""
+
+    step: int
+    count: int
+    owed: dict[tuple[int, int], int] = field(default_factory=dict)  # (incarnation, first place) -> stop
+    said: dict[tuple[int, int], Frame] = field(default_factory=dict)  # (incarnation, first place) -> its push
+    waiting: list[tuple[int, ...]] = field(default_factory=list)  # pushes that no sum was made of
+    ahead: list[frozenset[tuple[int, ...]]] = field(default_factory=list)  # pushes of sums that were sent ahead
+    memory: list[memoryview] = field(default_factory=list)  # of such sums
+
+    @property
+    def is_disjoint(self) -> bool:
+        """Whether no place was pushed twice, by a worker and its helper."""
+        ordered = sorted((first, stop) for _, _, first, stop in self.waiting)
+        return all(stop <= first for (_, stop), (first, _) in itertools.pairwise(ordered))
 
 
 class _Over(Exception):
@@ -83,7 +106,7 @@ class Relay:
         self._by_link: dict[SocketLink, _Worker] = {}
         self._remains: dict[int, tuple[PushSlots, int]] = {}  # of workers that are gone: their slots, the newest round
         self._tasks: list[Frame] = []  # whose parameters are not all here
-        self._pushes: dict[int, dict[tuple[int, int], Frame]] = {}  # round -> (incarnation, first place) -> push
+        self._work: dict[int, _Work] = {}  # by round
         self._sums: dict[int, dict[tuple[int, int, int], Partial]] = {}  # round -> (host, first place, stop) -> sum
         self._lent: dict[int, list[memoryview]] = {}  # round -> buffers of such sums
         self._shared: Any = None
@@ -153,6 +176,8 @@ class Relay:
     def _from_server(self, frame: Frame) -> None:
         match frame.kind:
             case Kind.TRAIN | Kind.CHECK | Kind.VALIDATE:
+                if frame.kind is not Kind.VALIDATE:
+                    self._note_task(frame)
                 self._tasks.append(frame)
                 self._pass_tasks_on()
             case Kind.COMBINE:
@@ -284,14 +309,28 @@ class Relay:
             self._gone(link)
         slots.buffer.close()
 
+    def _note_task(self, frame: Frame) -> None:
+        """A worker owes gradients."""
+        if frame.round not in self._work:
+            self._work[frame.round] = _Work(frame.step, frame.samples)
+            while len(self._work) > self._num_sets + _REMEMBERED:
+                for memory in self._work.pop(min(self._work)).memory:
+                    self._wire.pool.give(memory)
+        self._work[frame.round].owed[frame.incarnation, frame.first] = frame.stop
+
     def _from_worker(self, worker: _Worker, frame: Frame) -> None:
         frame.incarnation = worker.incarnation
-        if frame.kind is Kind.PUSH and not len(frame.payload):
-            pushes = self._pushes.setdefault(frame.round, {})
-            pushes[worker.incarnation, frame.first] = frame
-            while len(self._pushes) > self._num_sets + _REMEMBERED:
-                del self._pushes[min(self._pushes)]
         self._hub.send(self._control, frame)
+        work = self._work.get(frame.round)
+        if frame.kind is not Kind.PUSH or len(frame.payload) or work is None:  # metrics, or of a round long over
+            return
+        work.said[worker.incarnation, frame.first] = frame
+        work.waiting.append((worker.incarnation, frame.slot, frame.first, frame.stop))
+        for (incarnation, first), stop in list(work.owed.items()):
+            if incarnation == worker.incarnation and stop == frame.stop:
+                del work.owed[incarnation, first]
+        if not work.owed and work.is_disjoint:
+            self._sum_ahead(frame.round)
 
     def _gone(self, link: SocketLink) -> None:
         """A link has ended."""
@@ -305,7 +344,7 @@ class Relay:
 
     def _forget(self, worker: _Worker) -> None:
         """Close a worker's link. Its slots stay for as long as something that it pushed may be wanted."""
-        self._remains[worker.incarnation] = (worker.slots, max(self._pushes, default=0))
+        self._remains[worker.incarnation] = (worker.slots, max(self._work, default=0))
         del self._workers[worker.incarnation], self._by_link[worker.link]
         self._hub.drop(worker.link)
 
@@ -358,38 +397,66 @@ class Relay:
 
     # Gradients
 
+    def _sum_ahead(self, round_: int) -> None:
+        """Add up what the workers of this host have pushed, who owe nothing more, before the server says that it
+        counts: its word may be long on its way, behind the sums of others. It hardly ever says anything else."""
+        work = self._work[round_]
+
+        def fresh() -> Tensor:
+            work.memory.append(self._wire.pool.take(self._layout.vector_bytes))
+            return torch.frombuffer(work.memory[-1], dtype=torch.float32)
+
+        work.ahead.append(frozenset(work.waiting))
+        self._send_sums(round_, work.step, work.waiting, fresh)
+        work.waiting = []
+
     def _combine(self, frame: Frame) -> None:
-        """Add pushes up, and send each owner its span of the sums."""
-        tree = TreeSum(frame.samples, self._wire.rounding(frame.step))
-        pushes = self._pushes.get(frame.round, {})
+        """Add up the pushes that count, as far as that was not done ahead. Sums that were made of others as well are
+        not asked for."""
+        work, rows = self._work[frame.round], set(unpack_integers(frame, 4))
+        for done in work.ahead:
+            rows -= done if done <= rows else set()
+        if rows:
+            work.waiting = [row for row in work.waiting if row not in rows]
+            self._send_sums(frame.round, frame.step, sorted(rows))
         for incarnation in [i for i, (_, newest) in self._remains.items() if newest + self._num_sets < frame.round]:
             del self._remains[incarnation]
-        for incarnation, slot, first, stop in unpack_integers(frame, 4):
+
+    def _send_sums(
+        self, round_: int, step: int, rows: Sequence[tuple[int, ...]], fresh: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Add pushes up, and send each owner its span of the sums. The pushes stay as they are where `fresh` gives
+        vectors for sums."""
+        work = self._work[round_]
+        tree = TreeSum(work.count, self._wire.rounding(step), fresh)
+        for incarnation, slot, first, stop in rows:
             worker = self._workers.get(incarnation)
-            part = partial_of(pushes.pop((incarnation, first)))
+            part = partial_of(work.said[incarnation, first])
             part.vector = (worker.slots if worker is not None else self._remains[incarnation][0])[slot]
             tree.put(Block(first, stop), part)
         for block, part in tree:
+            digest = pushes_digest(row for row in rows if block.first <= row[2] < block.stop)
             for slice_, span in enumerate(self._spans):
                 if slice_ == self._slice:
                     own = Partial(part.vector[span.start : span.stop], part.samples, part.loss, part.weight)
-                    self._add(frame.round, self.number, block, own)
+                    self._add(round_, self.number, block, digest, own)
                 else:
                     owner = self._owners[slice_]
                     payload = self._wire.pack_sum(part.vector, span, owner)
-                    self._hub.send(owner, sum_frame(frame.round, self.number, block, part, payload))
+                    self._hub.send(owner, sum_frame(round_, self.number, block, digest, part, payload))
 
     def _take_sum(self, frame: Frame) -> None:
         assert self._slice is not None
         part = partial_of(frame)
         part.vector, memory = self._wire.unpack_sum(frame.payload, self._spans[self._slice])
         self._lent.setdefault(frame.round, []).append(memory)
-        self._add(frame.round, frame.slot, Block(frame.first, frame.stop), part)
+        self._add(frame.round, frame.slot, Block(frame.first, frame.stop), frame.read, part)
 
-    def _add(self, round_: int, host: int, block: Block, part: Partial) -> None:
+    def _add(self, round_: int, host: int, block: Block, digest: int, part: Partial) -> None:
         """A host's sum over our slice is here."""
         self._sums.setdefault(round_, {})[host, block.first, block.stop] = part
-        self._hub.send(self._control, Frame(Kind.ARRIVED, round_, first=block.first, stop=block.stop, slot=host))
+        arrived = Frame(Kind.ARRIVED, round_, first=block.first, stop=block.stop, slot=host, read=digest)
+        self._hub.send(self._control, arrived)
 
     def _apply(self, frame: Frame) -> None:
         """Update our slice with a round's sums, and send its parameters to every host."""

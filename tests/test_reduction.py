@@ -61,6 +61,22 @@ def test_what_came_is_added_up_where_some_is_missing(num_shards: int, data: st.D
 
 
 @given(num_shards=st.integers(1, 40), data=st.data())
+def test_fresh_vectors_leave_what_was_put_as_it_was(num_shards: int, data: st.DataObject):
+    put, kept = leaves(num_shards, 0), leaves(num_shards, 0)
+    plain, careful = TreeSum(num_shards), TreeSum(num_shards, fresh=lambda: np.empty(5, np.float32))
+    for shard in data.draw(st.permutations(range(num_shards))):
+        careful.put(Block(shard, shard + 1), put[shard])
+    for was, leaf in zip(kept, put, strict=True):
+        np.testing.assert_array_equal(was.vector, leaf.vector)
+        assert (was.samples, was.loss) == (leaf.samples, leaf.loss)
+    for shard in range(num_shards):
+        plain.put(Block(shard, shard + 1), kept[shard])
+    for (block, part), (expected_block, expected) in zip(careful, plain, strict=True):
+        assert block == expected_block and part.samples == expected.samples
+        np.testing.assert_array_equal(part.vector, expected.vector)
+
+
+@given(num_shards=st.integers(1, 40), data=st.data())
 def test_freed_parts_are_each_part_but_those_left(num_shards: int, data: st.DataObject):
     tree = TreeSum(num_shards)
     freed: list[int] = []

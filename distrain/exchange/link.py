@@ -16,6 +16,7 @@ import selectors
 import socket
 import struct
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,9 +53,9 @@ class Kind(IntEnum):
     # Between the server and the relays of other hosts (see relay.py), for whose workers the kinds above pass through:
     ROSTER = 20  # server -> relay: where the slices' owners listen; relay -> server: they are reached
     LEFT = 21  # relay -> server: a worker's link has ended; server -> relay: end it
-    COMBINE = 22  # server -> relay: add these pushes up, and send each owner its span of the sums
+    COMBINE = 22  # server -> relay: these pushes count; their sums are to be with the owners
     SUM = 23  # host -> owner: the sum over a block of places
-    ARRIVED = 24  # owner -> server: such a sum is here; `slot` is the host it came from
+    ARRIVED = 24  # owner -> server: such a sum is here; `slot` is the host it came from, `read` its pushes' digest
     APPLY = 25  # server -> owner: add these sums up and update
     SHARE = 26  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
     VALIDATED = 27  # server -> owner: the loss of a validation
@@ -74,7 +75,7 @@ class Frame:
     incarnation: int = 0
     slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
-    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are
+    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum: its pushes' digest
     samples: int = 0  # push: rows of the block; task: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
     loss: float = 0.0  # push: sum over the samples; task: what the loss is multiplied by for fp16, 0: nothing
@@ -116,6 +117,11 @@ def pack_integers(rows: Iterable[Iterable[int]]) -> bytes:
     """Rows of integers as int32, one after the other."""
     numbers = [number for row in rows for number in row]
     return struct.pack(f"<{len(numbers)}i", *numbers)
+
+
+def pushes_digest(rows: Iterable[tuple[int, ...]]) -> int:
+    """What tells sums of different pushes apart: a CRC-32 of their (incarnation, slot, first place, stop)."""
+    return zlib.crc32(pack_integers(sorted(rows)))
 
 
 def unpack_integers(frame: Frame, width: int) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from distrain.errors import LinkError, ServerLost, TrainingError
-from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers
+from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers, pushes_digest
 from distrain.exchange.slices import Span, cut
 from distrain.exchange.state import pack_state, unpack_state
 from distrain.learning.optimizer_state import merge_optimizers, optimizer_of, pack_optimizer, unpack_optimizer
@@ -38,10 +38,17 @@ class Hosts:
     state went with it."""
 
     def __init__(
-        self, server: ParameterServer, hub: Hub, num_slices: int, window: int, timeout_s: float, settled: Settled
+        self,
+        server: ParameterServer,
+        hub: Hub,
+        num_slices: int,
+        window: int,
+        timeout_s: float,
+        settled: Settled,
+        is_open: Callable[[int], bool],
     ) -> None:
         self._server, self._hub, self._window, self._timeout_s = server, hub, window, timeout_s
-        self._settled = settled
+        self._settled, self._is_open = settled, is_open
         self._wire = server.wire
         self._spans = cut(server.layout, num_slices)
         assert server.span == self._spans[-1]
@@ -56,6 +63,7 @@ class Hosts:
         self._stash: deque[tuple[SocketLink, Frame | LinkError]] = deque()
         self._lent: dict[int, list[memoryview]] = {}  # by round
         self._sums: dict[int, list[tuple[int, int, int]]] = {}  # by round: (host, first place, stop) that count
+        self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
         self._step = 0
         self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any], dict[str, Any]] | None = None
 
@@ -145,19 +153,22 @@ class Hosts:
         batch = Batch(pushes, time.monotonic(), dict.fromkeys(range(self._own + 1), places))
         host.batches.setdefault(round_, []).append(batch)
         if host.link is not None:
-            rows = [(p.member.incarnation, p.slot, p.block.first, p.block.stop) for p in pushes]
-            self._hub.send(host.link, Frame(Kind.COMBINE, round_, step, samples=count, payload=pack_integers(rows)))
+            rows = pack_integers(p.row for p in pushes)
+            self._hub.send(host.link, Frame(Kind.COMBINE, round_, step, samples=count, payload=rows))
+            for slice_, sender, frame in self._early.pop(round_, []):
+                self._has(slice_, sender, frame)
             return
         tree = TreeSum(count, self._wire.rounding(step))
         for p in pushes:
             tree.put(p.block, p.part)
         for block, part in tree:
+            digest = pushes_digest(p.row for p in pushes if block.first <= p.block.first < block.stop)
             for slice_, owner in self._owners.items():
                 assert owner.link is not None
                 payload = self._wire.pack_sum(part.vector, self._spans[slice_], owner.link)
-                self._hub.send(owner.link, sum_frame(round_, host.number, block, part, payload))
+                self._hub.send(owner.link, sum_frame(round_, host.number, block, digest, part, payload))
             self._mine(batch, block, part, part.vector[self._server.span.start :])
-        self._arrived(self._own, host, round_, batch, places)
+            self._arrived(self._own, host, round_, batch, block)
 
     def note(self, host: Host, frame: Frame) -> bool:
         """Take what a relay says on its own account. Whether it was that, and not a worker's word."""
@@ -172,37 +183,41 @@ class Hosts:
                 self._wire.unpack_parameters(self._server.published[frame.version], self._spans[frame.first])
                 host.published = frame.read
             case Kind.SUM:
-                self._take_sum(host, frame)
+                self._has(self._own, host, frame)
             case Kind.ARRIVED:
                 sender = self._by_number.get(frame.slot)
-                batch = self._batch(sender, frame)
-                if sender is not None and batch is not None and host.slice is not None:
-                    self._arrived(host.slice, sender, frame.round, batch, frame.stop - frame.first)
+                if sender is not None and host.slice is not None:
+                    self._has(host.slice, sender, frame)
             case _:
                 return False
         return True
 
-    def _batch(self, host: Host | None, frame: Frame) -> Batch | None:
-        batches = [] if host is None else host.batches.get(frame.round, [])
-        return next((batch for batch in batches if batch.covers(frame.first)), None)
-
-    def _take_sum(self, host: Host, frame: Frame) -> None:
-        """A host's sum of the server's own slice is here."""
-        batch = self._batch(host, frame)
-        if batch is None:  # of a round that is over
-            self._wire.pool.give(frame.payload)
-            return
-        vector, memory = self._wire.unpack_sum(frame.payload, self._server.span)
-        self._lent.setdefault(frame.round, []).append(memory)
+    def _has(self, slice_: int, host: Host, frame: Frame) -> None:
+        """The owner of a slice has a host's sum over a block of places. It may come before it is known here which of
+        that host's pushes count, and be of others."""
         block = Block(frame.first, frame.stop)
-        self._mine(batch, block, partial_of(frame), vector)
-        self._arrived(self._own, host, frame.round, batch, frame.stop - frame.first)
+        batch = next((batch for batch in host.batches.get(frame.round, []) if batch.has(block, frame.read)), None)
+        if batch is None and self._is_open(frame.round):
+            self._early.setdefault(frame.round, []).append((slice_, host, frame))
+        elif batch is None or (slice_, block) in batch.came:
+            self._give_back(frame)
+        else:
+            if frame.kind is Kind.SUM:
+                vector, memory = self._wire.unpack_sum(frame.payload, self._server.span)
+                self._lent.setdefault(frame.round, []).append(memory)
+                self._mine(batch, block, partial_of(frame), vector)
+            self._arrived(slice_, host, frame.round, batch, block)
+
+    def _give_back(self, frame: Frame) -> None:
+        if frame.kind is Kind.SUM:
+            self._wire.pool.give(frame.payload)
 
     def _mine(self, batch: Batch, block: Block, part: Partial, vector: Tensor) -> None:
         batch.parts.append((block, Partial(vector, part.samples, part.loss, part.weight, squares=part.squares)))
 
-    def _arrived(self, slice_: int, host: Host, round_: int, batch: Batch, places: int) -> None:
-        batch.missing[slice_] -= places
+    def _arrived(self, slice_: int, host: Host, round_: int, batch: Batch, block: Block) -> None:
+        batch.came.add((slice_, block))
+        batch.missing[slice_] -= block.stop - block.first
         if not batch.missing[slice_]:
             del batch.missing[slice_]
         if not batch.missing:
@@ -234,6 +249,9 @@ class Hosts:
         self._sums.pop(round_, None)
         for payload in self._lent.pop(round_, []):
             self._wire.pool.give(payload)
+        for number in [number for number in self._early if not self._is_open(number)]:
+            for _, _, frame in self._early.pop(number):
+                self._give_back(frame)
 
     # Updates
 
@@ -350,14 +368,15 @@ class Hosts:
         return {version: read for version, read in reads.items() if read >= 0}
 
 
-def sum_frame(round_: int, host: int, block: Block, part: Partial, payload: Any) -> Frame:
-    """A host's sum over a block of places, as the owner of a slice gets it."""
+def sum_frame(round_: int, host: int, block: Block, digest: int, part: Partial, payload: Any) -> Frame:
+    """A host's sum over a block of places, of pushes of this digest, as the owner of a slice gets it."""
     return Frame(
         Kind.SUM,
         round_,
         first=block.first,
         stop=block.stop,
         slot=host,
+        read=digest,
         samples=part.samples,
         loss=part.loss,
         weight=part.weight,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from distrain.exchange.link import Frame, Kind, SocketLink
+from distrain.exchange.link import Frame, Kind, SocketLink, pushes_digest
 from distrain.exchange.memory import Published, PushSlots
 from distrain.reduction import Block, Partial
 from distrain.server.ledger import Assignment
@@ -35,6 +35,11 @@ class Pushed:
     part: Partial  # its vector is None on another host
 
     @property
+    def row(self) -> tuple[int, int, int, int]:
+        """As its host's relay is told."""
+        return self.member.incarnation, self.slot, self.block.first, self.block.stop
+
+    @property
     def taken(self) -> tuple[int, int, int]:
         """As the ledger has it."""
         return self.member.incarnation, self.block.first, self.block.stop
@@ -48,9 +53,12 @@ class Batch:
     since: float  # time.monotonic()
     missing: dict[int, int]  # slice -> places whose sum its owner does not have yet
     parts: list[tuple[Block, Partial]] = field(default_factory=list)  # of the server's own slice
+    came: set[tuple[int, Block]] = field(default_factory=set)  # (slice, block) whose sum its owner has
 
-    def covers(self, place: int) -> bool:
-        return any(pushed.block.first <= place < pushed.block.stop for pushed in self.pushes)
+    def has(self, block: Block, digest: int) -> bool:
+        """Whether a sum over a block, of pushes of this digest, is of this batch's."""
+        rows = [p.row for p in self.pushes if block.first <= p.block.first and p.block.stop <= block.stop]
+        return bool(rows) and pushes_digest(rows) == digest
 
 
 @dataclass(eq=False)

@@ -82,12 +82,12 @@ class Rounds:
         self._server, self._hub, self._tell = server, hub, tell
         self._num_shards, self._window, self._free, self._timeout_s = num_shards, window, free, timeout_s
         self._ledger = Ledger(one_at_a_time=free)
-        self.hosts = Hosts(server, hub, num_slices, window, timeout_s, self._settled)
         self._members: dict[int, Member] = {}
         self._by_link: dict[SocketLink, Member] = {}
         self._fenced: dict[SocketLink, Member] = {}  # given up for their silence: what they still push is refused
         self._fenced_elsewhere: dict[int, Member] = {}  # the same behind relays, by incarnation
         self._open: dict[int, Round] = {}
+        self.hosts = Hosts(server, hub, num_slices, window, timeout_s, self._settled, self._open.__contains__)
         self._numbers = itertools.count()
         self._whole = itertools.count()
         self._step = 0

@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from safetensors.torch import load
 
 from distrain.config import AveragingConfig, ClipConfig, ModelConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
 from distrain.errors import DivergenceError, ServerLost
-from distrain.exchange.link import Frame, Kind
+from distrain.exchange.link import Frame, Kind, pushes_digest
+from distrain.reduction import Block, Partial
 from distrain.relay import Relay
 from distrain.server.loop import LoopSettings
+from distrain.server.members import Batch, Member, Pushed
 from distrain.worker import Worker
 from tests.server.test_loop import source
+from tests.support.links import InMemoryLink
 from tests.support.runs import Job, KilledWorker, Mortal, Run, open_run, start_relay, start_worker, task, train
 
 WITH_EVERYTHING = {
@@ -84,7 +87,7 @@ class CountingRelay(Relay):
     sums: ClassVar[list[tuple[int, int, int]]] = []
     pulls: ClassVar[list[int]] = []
 
-    def _combine(self, frame: Frame) -> None:
+    def _send_sums(self, *work: Any) -> None:
         send = self._hub.send
 
         def counting(link, sent):
@@ -93,7 +96,7 @@ class CountingRelay(Relay):
             send(link, sent)
 
         self._hub.send = counting
-        super()._combine(frame)
+        super()._send_sums(*work)
         self._hub.send = send
 
     def _take_parameters(self, frame: Frame) -> None:
@@ -108,6 +111,46 @@ def test_a_host_of_two_workers_sends_one_sum_and_takes_one_set_of_parameters_a_s
     spans = [(first, stop) for _, first, stop in CountingRelay.sums]
     assert (2, 4) in spans and len(spans) < 2 * 27, "one a step, but where a change of shares split it"
     assert CountingRelay.pulls == list(range(28))
+
+
+class HastyRelay(Relay):
+    """Its sums are with their owners before the server hears of the pushes."""
+
+    def _from_worker(self, worker: Any, frame: Frame) -> None:
+        send, held = self._hub.send, []
+
+        def holding(link, sent):
+            if sent.kind is Kind.PUSH:
+                held.append((link, sent))
+            else:
+                send(link, sent)
+
+        self._hub.send = holding
+        super()._from_worker(worker, frame)
+        self._hub.send = send
+        time.sleep(0.01)
+        for each in held:
+            send(*each)
+
+
+@pytest.mark.parametrize(("workers", "slices"), [([1, 2], 1), ([1, 1, 2], 3)])
+def test_sums_may_come_before_it_is_known_that_they_count(on_one_host, workers: list[int], slices: int):
+    run = spread(job(num_workers=sum(workers), slices=slices), workers, relay_cls=HastyRelay)
+    assert finish(run) == on_one_host
+
+
+def test_a_sum_counts_only_where_it_is_of_the_pushes_that_count():
+    member = Member(0, 7, InMemoryLink.pair()[0], None, 0)
+    pushes = [
+        Pushed(member, slot, Block(first, first + 1), Partial(None, 1, 0.0, 1.0)) for slot, first in ((0, 2), (1, 3))
+    ]
+    batch = Batch(pushes, 0.0, {0: 2})
+    ours = [push.row for push in pushes]
+    assert batch.has(Block(2, 4), pushes_digest(ours)) and batch.has(Block(3, 4), pushes_digest(ours[1:]))
+    theirs = [ours[0], (8, 0, 3, 4)]
+    assert not batch.has(Block(2, 4), pushes_digest(theirs)), "another worker's push of the same shard"
+    assert not batch.has(Block(0, 4), pushes_digest([(7, 0, 0, 2), *ours])), "more than counts"
+    assert not batch.has(Block(0, 2), pushes_digest([])), "nothing of it"
 
 
 @pytest.mark.parametrize("slices", [1, 2])
