@@ -143,7 +143,7 @@ class Crew:
         now = time.monotonic()
         for due in [due for due in self._due if due[0] <= now]:
             self._due.remove(due)
-            self._replace_worker(due[1])
+            self._start_worker(due[1])
         self._start_spares()
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
@@ -269,14 +269,29 @@ class Crew:
         return next((relay for relay in self._relays if relay.node == node), None) or self._start_relay(node)
 
     def _start_worker(self, rank: int) -> None:
-        """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node."""
-        actor = ray.remote(WorkerActor).options(
-            num_cpus=self._config.cpus,
-            num_gpus=self._config.gpus_of(rank),
-            max_restarts=0,
-            scheduling_strategy=self._placement.for_worker(rank),
-        ).remote()  # fmt: skip
-        self._run_worker(rank, actor, self._placement.nodes().get(rank, ""))
+        """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node. A spare
+        that waits there takes the place: most of a worker's start is imports."""
+        gpus = self._config.gpus_of(rank)
+        node = self._placement.nodes().get(rank, "")
+        actor = self._spares.pop(node, None) if not gpus else None
+        if actor is None:
+            actor = ray.remote(WorkerActor).options(
+                num_cpus=self._config.cpus,
+                num_gpus=gpus,
+                max_restarts=0,
+                scheduling_strategy=self._placement.for_worker(rank),
+            ).remote()  # fmt: skip
+        threads = worker_threads(self._config.cpus)
+        launch, self._launches = self._launches, self._launches + 1
+        relay = self._relay_for(node)
+        by = (relay.ready, relay.node) if relay is not None else (None, "")
+        call = actor.run.options(name="WorkerActor.run").remote(  # which its process is called from now on
+            rank, launch, self._run, self._ready, self._placement.server_node, threads, gpus > 0, *by
+        )
+        self._workers[launch] = actor
+        self._joining.add(launch)
+        self._nodes[launch] = node
+        self._worker_calls[call] = (rank, launch)
 
     def _note_loss(self, node: str, is_spare_useless: bool) -> None:
         """A process died on a node, which may lose more. No spare helps where memory is short, or where workers have
@@ -288,16 +303,6 @@ class Crew:
         if node in self._spares:
             ray.kill(self._spares.pop(node))
 
-    def _replace_worker(self, rank: int) -> None:
-        """Start a worker in the place of one that ended; or have a spare take it, as most of a worker's start is
-        imports."""
-        node = self._placement.nodes().get(rank, "")
-        spare = self._spares.pop(node, None) if not self._config.gpus_of(rank) else None
-        if spare is None:
-            self._start_worker(rank)
-        else:
-            self._run_worker(rank, spare, node)
-
     def _start_spares(self) -> None:
         """Have a spare ready on each node that lost a worker, as soon as it holds up at most one worker's start."""
         if len(self._joining) > 1:
@@ -306,21 +311,6 @@ class Crew:
             self._spares[node] = ray.remote(SpareActor).options(
                 num_cpus=0, max_restarts=0, scheduling_strategy=self._placement.on(node)
             ).remote()  # fmt: skip
-
-    def _run_worker(self, rank: int, actor: Any, node: str) -> None:
-        """Have an actor, started or about to be, do the work of a rank."""
-        threads = worker_threads(self._config.cpus)
-        launch, self._launches = self._launches, self._launches + 1
-        relay = self._relay_for(node)
-        by = (relay.ready, relay.node) if relay is not None else (None, "")
-        has_gpu = self._config.gpus_of(rank) > 0
-        call = actor.run.options(name="WorkerActor.run").remote(  # which its process is called from now on
-            rank, launch, self._run, self._ready, self._placement.server_node, threads, has_gpu, *by
-        )
-        self._workers[launch] = actor
-        self._joining.add(launch)
-        self._nodes[launch] = node
-        self._worker_calls[call] = (rank, launch)
 
     def _worker_ended(self, call: Any) -> None:
         """Tell the server of a worker's end. What follows is decided when that has answered: where it is dead, or the

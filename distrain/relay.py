@@ -51,6 +51,7 @@ class _Work:
 
     step: int
     count: int
+    slots: int  # the set of push slots that it uses
     owed: dict[tuple[int, int], int] = field(default_factory=dict)  # (incarnation, first place) -> stop
     said: dict[tuple[int, int], Frame] = field(default_factory=dict)  # (incarnation, first place) -> its push
     waiting: list[tuple[int, ...]] = field(default_factory=list)  # pushes that no sum was made of
@@ -312,10 +313,12 @@ class Relay:
     def _note_task(self, frame: Frame) -> None:
         """A worker owes gradients."""
         if frame.round not in self._work:
-            self._work[frame.round] = _Work(frame.step, frame.samples)
+            for over in [work for work in self._work.values() if work.slots == frame.slot]:
+                while over.memory:  # its round is over, since its slots are free
+                    self._wire.pool.give(over.memory.pop())
+            self._work[frame.round] = _Work(frame.step, frame.samples, frame.slot)
             while len(self._work) > self._num_sets + _REMEMBERED:
-                for memory in self._work.pop(min(self._work)).memory:
-                    self._wire.pool.give(memory)
+                del self._work[min(self._work)]
         self._work[frame.round].owed[frame.incarnation, frame.first] = frame.stop
 
     def _from_worker(self, worker: _Worker, frame: Frame) -> None:

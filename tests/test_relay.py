@@ -38,8 +38,8 @@ class Scripted:
         if frame.kind is Kind.SUM:
             self.sums.append((frame.first, frame.stop, frame.read, np.array(frame.payload)))
 
-    def ask(self, incarnation: int, place: int) -> None:
-        task = Frame(Kind.TRAIN, ROUND, first=place, stop=place + 1, incarnation=incarnation, samples=SHARDS)
+    def ask(self, incarnation: int, place: int, round_: int = ROUND) -> None:
+        task = Frame(Kind.TRAIN, round_, first=place, stop=place + 1, incarnation=incarnation, samples=SHARDS)
         self.relay._from_server(task)
 
     def push(self, incarnation: int, place: int, value: float, slot: int = 0) -> None:
@@ -103,3 +103,14 @@ def test_where_two_push_the_same_place_the_server_says_which_counts(scripted: Sc
     assert scripted.sums == []
     scripted.combine((RIGHT, 0, 2, 3))
     assert [sent[:2] for sent in scripted.sums] == [(2, 3)]
+
+
+def test_memory_of_sums_sent_ahead_is_free_with_the_slots_that_they_were_made_of(scripted: Scripted):
+    scripted.ask(LEFT, 2)
+    scripted.ask(RIGHT, 3)
+    scripted.push(LEFT, 2, 1.0)
+    scripted.push(RIGHT, 3, 10.0)
+    [memory] = scripted.relay._work[ROUND].memory
+    scripted.ask(LEFT, 2, ROUND + 1)
+    assert scripted.relay._work[ROUND].memory == []
+    assert scripted.relay._wire.pool.take(LAYOUT.vector_bytes) is memory
