@@ -27,8 +27,8 @@ from distrain.data.statistics import measure
 from distrain.devices import Arithmetic, Device, HostDevice, StreamedDevice
 from distrain.devices.cuda import Cuda
 from distrain.errors import ClusterError, ConfigError, DistrainError, LinkError
+from distrain.exchange.layout import Layout
 from distrain.exchange.link import Address, Hub
-from distrain.exchange.memory import Layout
 from distrain.exchange.slices import cut
 from distrain.exchange.wire import WIRES, WireDtype
 from distrain.learning.annealing import GradientNoise

@@ -1,7 +1,7 @@
 """Trains with workers on threads of this process, from Parquet, over the links that workers of a cluster have, and
 prints where the time goes. Without Ray and MLflow, for a machine that has neither.
 
-    python -m distrain.bench_core [--device cuda] [--workers 1,2] [--precision fp32,bf16] [--model mlp784,mlp32,wide]
+    python -m distrain.bench_core [--device cuda] [--workers 1,2] [--precision fp32,bf16] [--model mlp784,wide,cnn]
 
 Every row of the table with the same model and precision is the same run, of as many shards as there are workers at
 most, and should end with the same weights; so the last column should be the same at each worker count.
@@ -35,7 +35,11 @@ from distrain.step_sums import StepSums
 from distrain.worker import Worker
 
 _TOKEN = "in one process"
-_WARM_UP = 20  # steps that are not counted
+WARM_UP = 20  # steps that are not counted
+
+
+def _mlp(hidden: list[int], outputs: int) -> dict[str, Any]:
+    return {"hidden": hidden, "outputs": outputs}
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,16 @@ class Model:
     rows: int
     features: str
     label: str
-    hidden: list[int]
-    outputs: int
+    model: dict[str, Any]  # the configuration's section
     loss: str
 
 
+_CNN = {"name": "cnn", "image_shape": [1, 28, 28], "channels": [64, 128, 256], "hidden": [128], "outputs": 10}
 MODELS = {
-    "mlp784": Model(write_list_rows, 20_000, 128, "pixels", "label", [512, 512], 10, "cross_entropy"),
-    "mlp32": Model(write_column_rows, 400_000, 1024, "f*", "y", [256, 256], 1, "mse"),
-    "wide": Model(write_list_rows, 20_000, 256, "pixels", "label", [2048, 2048], 10, "cross_entropy"),
+    "mlp784": Model(write_list_rows, 20_000, 128, "pixels", "label", _mlp([512, 512], 10), "cross_entropy"),
+    "mlp32": Model(write_column_rows, 400_000, 1024, "f*", "y", _mlp([256, 256], 1), "mse"),
+    "wide": Model(write_list_rows, 20_000, 256, "pixels", "label", _mlp([2048, 2048], 10), "cross_entropy"),
+    "cnn": Model(write_list_rows, 40_000, 1024, "pixels", "label", _CNN, "cross_entropy"),
 }
 DEVICES: dict[str, Callable[[], Device]] = {"cpu": HostDevice, "cuda": lambda: StreamedDevice(Cuda())}
 
@@ -93,7 +98,7 @@ def measure(
     config = TrainConfig(data={"train": "-", "label": model.label})
     server = ParameterServer(built.model, config.optimizer, loss_scale=scale)
     hub, reports = Hub(_TOKEN), Reports()
-    settings = LoopSettings(epochs=1_000_000, max_steps=_WARM_UP + num_steps, num_workers=num_workers)
+    settings = LoopSettings(epochs=1_000_000, max_steps=WARM_UP + num_steps, num_workers=num_workers)
     loop = Loop(server, hub, preparation.train.plan, settings, reports, built.metrics)
     crew = Crew()
     for rank in range(num_workers):
@@ -103,11 +108,11 @@ def measure(
     outcome = loop.run()
     for thread in crew.threads:
         thread.join(30)
-    first, *others = reports.drain().steps[_WARM_UP:]
+    first, *others = reports.drain().steps[WARM_UP:]
     sums = StepSums.of(first)
     for record in others:
         sums.merge(StepSums.of(record))
-    copy_ms = 1000 * sum(device.copy_s for device in crew.devices) / num_workers / (_WARM_UP + num_steps)
+    copy_ms = 1000 * sum(device.copy_s for device in crew.devices) / num_workers / (WARM_UP + num_steps)
     mean_ms = {name: 1000 * getattr(sums, f"{name}_s") / sums.num_steps for name in
                ("step", "data", "compute", "waiting", "exchange", "update")}  # fmt: skip
     return Measured(
@@ -164,7 +169,7 @@ def make_preparation(model: Model, folder: Path, num_shards: int) -> Preparation
     return prepare(
         TrainConfig(
             data={"train": str(folder), "features": model.features, "label": model.label},
-            model={"hidden": model.hidden, "outputs": model.outputs},
+            model=model.model,
             loss=model.loss,
             batch_size=model.rows * num_shards,
             shards=num_shards,

@@ -601,9 +601,6 @@ class TrainConfig(_Section):
                 "one slice",
                 {
                     "server.mode: async": self.server.mode == "async",
-                    "workers.precision: fp16": self.workers.precision == "fp16",
-                    "gradient_noise": self.gradient_noise is not None,
-                    "averaging": self.averaging is not None,
                 },
             )
 

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 
 from distrain.config import CheckpointConfig, TrackingConfig, TrainConfig, WorkersConfig
 from distrain.errors import ClusterError, DistrainError
-from distrain.exchange.memory import Layout, SharedBuffer
+from distrain.exchange.layout import Layout
+from distrain.exchange.memory import SharedBuffer
 from distrain.jobs import Jobs
 from distrain.learning.task import build_task
 from distrain.objects import ObjectPath, write_file
@@ -75,7 +76,13 @@ def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> 
 def versions(requirements: list[str] | None = None) -> Finding:
     """Whether the installed libraries are those that distrain asks for (`requirements`; None: its own)."""
     wrong, fix = [], []
-    for text in metadata.requires("distrain") or [] if requirements is None else requirements:
+    if requirements is None:
+        try:
+            requirements = metadata.requires("distrain") or []
+        except metadata.PackageNotFoundError:
+            said = "distrain is not installed, only on Python's path, so which versions it needs is not known"
+            return Finding("versions", FAILED, said, "pip install -e . in the folder that has its pyproject.toml", 2)
+    for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue

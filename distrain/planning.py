@@ -8,7 +8,7 @@ import torch
 
 from distrain.config import TrainConfig
 from distrain.errors import DistrainError
-from distrain.exchange.memory import Layout
+from distrain.exchange.layout import Layout
 from distrain.learning.fit import check_task
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.schedules import build_schedule

@@ -59,57 +59,99 @@ class Partial:
         self.weight += right.weight
         self.squares += right.squares
 
-    def plus(self, right: Partial, vector: Any) -> Partial:
-        """The sum of this and the sibling block to the right, in a vector of its own, which lies in no slot."""
-        vector[:] = self.vector
-        total = Partial(vector, self.samples, self.loss, self.weight, _NO_SLOT, self.squares)
-        total.add(right)
-        return total
+
+Finish = Callable[[Block, Any, int], None]
+"""What is done, in place, to values of a node that were just added up: those of its vector from this place on."""
 
 
-Finish = Callable[[Block, Partial], None]
-"""What is done, in place, to a node of the tree that has just been added up."""
+@dataclass(slots=True)
+class Merge:
+    """Two halves that make a node. Its vector is that of the left half, or one of its own. What is added up of the
+    vectors, and when, is up to the caller."""
+
+    block: Block
+    left: Partial
+    right: Partial
+    total: Partial
+    finish: Finish | None
+    done: int = 0  # values that `add_until` has added up
+
+    def add(self, values: slice) -> None:
+        """Add up these values of the vectors."""
+        into = self.total.vector[values]
+        if self.total is not self.left:
+            into[:] = self.left.vector[values]
+        into += self.right.vector[values]
+        if self.finish is not None:
+            self.finish(self.block, into, values.start)
+
+    def add_until(self, stop: int) -> None:
+        """Add up the values before this place that were not yet."""
+        if stop > self.done:
+            self.add(slice(self.done, stop))
+            self.done = stop
+
+    def add_numbers(self) -> None:
+        """Add up everything but the vectors."""
+        total, left, right = self.total, self.left, self.right
+        total.samples = left.samples + right.samples
+        total.loss = left.loss + right.loss
+        total.weight = left.weight + right.weight
+        total.squares = left.squares + right.squares
 
 
 class TreeSum:
     """Sums the parts of a step in the fixed order, as far as what has been put allows. `finish` is done to each sum of
-    two halves but the root's. What is put is added to, unless `fresh` gives vectors for sums."""
+    two halves but the root's. What is put is added to, unless `fresh` gives vectors for sums.
+
+    Vectors are added up late: while there is nothing else to do (`work`), or by whoever reads the `halves`, in the same
+    pass over memory. `late` is what is to be added up, in this order.
+    """
 
     def __init__(self, num_shards: int, finish: Finish | None = None, fresh: Callable[[], Any] | None = None) -> None:
         self._num_shards, self._finish, self._fresh = num_shards, finish, fresh
         self._by_first: dict[int, tuple[Block, Partial]] = {}
         self._by_stop: dict[int, Block] = {}
+        self.late: list[Merge] = []
 
-    def put(self, block: Block, part: Partial) -> list[Partial]:
-        """Take a block's sum and merge halves upwards, in place. Returns the parts that were added to others and are
-        free for reuse."""
-        freed: list[Partial] = []
+    def put(self, block: Block, part: Partial) -> None:
+        """Take a block's sum and merge halves upwards."""
+        merges = self.plan(block, part)
+        for merge in merges:
+            merge.add_numbers()
+        self.late += merges
+
+    def work(self, num_values: int) -> None:
+        """Add up so many of the values that are to be added up."""
+        merge = self.late[0]
+        merge.add_until(min(merge.done + num_values, len(merge.left.vector)))
+        if merge.done == len(merge.left.vector):
+            del self.late[0]
+
+    def plan(self, block: Block, part: Partial) -> list[Merge]:
+        """Take a block's sum, which may not be computed yet. Returns what is to be added up for it, in this order."""
+        merges: list[Merge] = []
         while True:
             left = self._by_stop.get(block.first)
             right = self._by_first.get(block.stop)
             if self._is_half_of_all(block):
                 break
             if left is not None and left.joins(block, self._num_shards):
-                left_part = self._take(left)
-                freed.append(part)
-                block, part = Block(left.first, block.stop), self._sum(left_part, part)
+                merges.append(self._merge(Block(left.first, block.stop), self._take(left), part))
             elif right is not None and block.joins(right[0], self._num_shards):
-                right_part = self._take(right[0])
-                freed.append(right_part)
-                block, part = Block(block.first, right[0].stop), self._sum(part, right_part)
+                merges.append(self._merge(Block(block.first, right[0].stop), part, self._take(right[0])))
             else:
                 break
-            if self._finish is not None:
-                self._finish(block, part)
+            block, part = merges[-1].block, merges[-1].total
         self._by_first[block.first] = (block, part)
         self._by_stop[block.stop] = block
-        return freed
+        return merges
 
-    def _sum(self, left: Partial, right: Partial) -> Partial:
+    def _merge(self, block: Block, left: Partial, right: Partial) -> Merge:
+        total = left
         if self._fresh is not None and left.slot != _NO_SLOT:
-            return left.plus(right, self._fresh())
-        left.add(right)
-        return left
+            total = Partial(self._fresh(), 0, 0.0, 0.0, _NO_SLOT)
+        return Merge(block, left, right, total, self._finish)
 
     def _is_half_of_all(self, block: Block) -> bool:
         """Whether the block is one of the tree's last two: whoever averages adds them in the same pass."""
@@ -125,13 +167,26 @@ class TreeSum:
         return iter([self._by_first[first] for first in sorted(self._by_first)])
 
     def fold(self) -> tuple[Partial, ...]:
-        """Add up what there is, in place, to at most two parts whose sum, left + right, is that of all that was put.
+        """The `halves`, with nothing left to be added up."""
+        halves = self.halves()
+        self._add_up()
+        return halves
 
-        They are the halves of the tree, once all of it was put; else whatever came, from left to right. To be called
-        once, at the end.
+    def halves(self) -> tuple[Partial, ...]:
+        """At most two parts whose sum, left + right, is that of all that was put, once `late` is done.
+
+        They are the halves of the tree, once all of it was put; else whatever came, added up from left to right. To be
+        called once, at the end.
         """
         left, *rest = [part for _, part in self]
         last = rest.pop() if rest else None
+        if rest:
+            self._add_up()
         for part in rest:
             left.add(part)
         return (left,) if last is None else (left, last)
+
+    def _add_up(self) -> None:
+        for merge in self.late:
+            merge.add_until(len(merge.left.vector))
+        self.late.clear()

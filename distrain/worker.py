@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 import time
 import traceback
@@ -23,18 +22,22 @@ from distrain.data.reader import Reader
 from distrain.devices import Arithmetic, Device, HostDevice, Intake, Key
 from distrain.errors import DataError, DistrainError, DivergenceError, LinkError, TrainingDataError, TrainingError
 from distrain.exchange.doorbell import Doorbell
+from distrain.exchange.layout import Layout, Span
 from distrain.exchange.link import Address, Frame, Kind, Link, SocketLink, connect, unpack_microbatches
-from distrain.exchange.memory import Layout, Published, PushSlots
+from distrain.exchange.memory import Published, PushSlots
 from distrain.exchange.wire import WIRES, WireDtype
 from distrain.learning.clipping import global_norm
 from distrain.learning.diagnostics import ActivationProbe, is_look
 from distrain.learning.losses import LabelError, Loss
 from distrain.learning.metrics import Metrics
 from distrain.learning.nonfinite import rows_without_finite_gradient, rows_without_finite_loss
-from distrain.reduction import Block, Partial, TreeSum
+from distrain.reduction import Block, Finish, Merge, Partial, TreeSum
 from distrain.study.noise_scale import EVERY_STEPS
 
 Batch = dict[str, Tensor]
+Final = Callable[[Span], None]
+"""Told of values of a microbatch's vector that nothing is added to any more."""
+
 _NAMED_ROWS = 3  # in a message
 _ALIVE_SECONDS = 1.0  # between signs of life within a microbatch of many pieces
 
@@ -159,8 +162,6 @@ class Worker:
             "rank": self.rank,
             "launch": launch,
             "layout": self.layout.digest,
-            "shared": same_node,
-            "pid": os.getpid(),
         }
         link = connect(address, same_node, token, hello)
         welcome = link.receive(timeout_s)
@@ -174,14 +175,24 @@ class Worker:
             [Published(self.layout, fd) for fd in fds[:count]],
             PushSlots(self.layout, self._num_shards, welcome.slot, fds[count]),
             welcome.incarnation,
+            tells_early=bool(welcome.read),
         )
         if same_node:
             link.wait_for(Doorbell(given[count + 1 :]), self.rank)
         else:
             link.sink = self._place_parameters
 
-    def attach(self, link: Link, published: Sequence[Published], slots: PushSlots, incarnation: int) -> None:
-        """Take up a link and buffers."""
+    def attach(
+        self,
+        link: Link,
+        published: Sequence[Published],
+        slots: PushSlots,
+        incarnation: int,
+        tells_early: bool = False,
+    ) -> None:
+        """Take up a link and buffers. `tells_early`: say READY of what is computed of a push before it is whole."""
+        is_one_piece = len(list(self.layout.pieces(self.layout.whole))) == 1  # of which the push says it all
+        self._tells_early = tells_early and not is_one_piece
         self._link = link
         self._shared = not isinstance(link, SocketLink) or link.shared
         self._incarnation = incarnation
@@ -192,7 +203,7 @@ class Worker:
         slots.buffer.close()
         self._free: list[list[int]] = [[] for _ in range(slots.num_sets)]
         self._rounds = [-1] * slots.num_sets
-        self._device.open(self._model, self.layout, published, slots)
+        self._device.open(self._model, self.layout, published, slots, self._tells_early)
         self._loss.to(next(self._model.parameters()).device)
 
     def run(self) -> None:
@@ -244,8 +255,12 @@ class Worker:
         elif frame.kind is not Kind.PUBLISH:
             raise LinkError(f"a worker cannot answer a {frame.kind.name} frame")
 
-    def _compute(self, frame: Frame, readers: Readers, work: Callable[[Pieces, int, int, list[int]], Partial]) -> None:
-        """Sum `work` over the microbatches asked for, as far as the tree allows, and push each block."""
+    def _compute(self, frame: Frame, readers: Readers, work: Work) -> None:
+        """Sum `work` over the microbatches asked for, as far as the tree allows, and push each block.
+
+        A microbatch's vector is rounded and added up a piece at a time, while it is in the cache, and those that hear
+        of pieces have the first of them while the others are under way.
+        """
         self._device.read(frame.version, frame.round)
         self._scale = frame.loss
         free = self._free_slots(frame)
@@ -258,12 +273,16 @@ class Worker:
         for place, (step, shard) in enumerate(wanted, start=frame.first):
             pieces = Pieces(readers, step, shard, self._intake, lambda: self._link.send(Frame(Kind.ALIVE, frame.round)))
             pieces.following = following[place - frame.first]
-            part = work(pieces, step, shard, free)
+            block, part = Block(place, place + 1), self._empty(frame, free)
+            merges = tree.plan(block, part)
+            tells = self._tells_early and place + 1 == frame.stop and frame.kind is not Kind.VALIDATE
+            tell = self._teller(frame, tree) if tells else None
+            work(pieces, step, shard, part, self._final(block, part, finish, merges, tell))
             data_s += pieces.data_s
             num_bytes += pieces.num_bytes
-            if finish is not None:
-                finish(Block(place, place + 1), part)
-            free += [freed.slot for freed in tree.put(Block(place, place + 1), part)]
+            for merge in merges:
+                merge.add_numbers()
+                free.append(merge.right.slot)
         compute_s = time.perf_counter() - start - data_s
         for block, part in tree:
             payload: Any = b""
@@ -271,14 +290,11 @@ class Worker:
                 payload = part.vector.numpy()
             elif not self._shared:
                 payload = self._slots.bytes(part.slot)
-            push = Frame(
+            push = self._about(
                 Kind.PUSH,
-                frame.round,
-                frame.step,
-                block.first,
-                block.stop,
-                self._incarnation,
-                part.slot,
+                frame,
+                block,
+                part,
                 samples=part.samples,
                 data_bytes=num_bytes,
                 loss=part.loss,
@@ -291,6 +307,10 @@ class Worker:
             self._link.send(push)
             data_s, compute_s, num_bytes = 0.0, 0.0, 0  # told with the first block
 
+    def _about(self, kind: Kind, task: Frame, block: Block, part: Partial, **rest: Any) -> Frame:
+        """What is said of a push. It is known by its round, block, worker and slot."""
+        return Frame(kind, task.round, task.step, block.first, block.stop, self._incarnation, part.slot, **rest)
+
     def _free_slots(self, frame: Frame) -> list[int]:
         """The push slots that a training task may use, all those of its set at the round's first task."""
         if frame.kind is Kind.VALIDATE:
@@ -300,13 +320,66 @@ class Worker:
             self._free[frame.slot] = list(self._slots.of_set(frame.slot))[::-1]
         return self._free[frame.slot]
 
-    def _gradient(self, pieces: Pieces, step: int, shard: int, free: list[int]) -> Partial:
-        """The gradient of one microbatch's summed loss, written into a push slot that is free. Pieces add up in order,
-        whoever computes them."""
+    def _empty(self, frame: Frame, free: list[int]) -> Partial:
+        """What a microbatch is to give: sums of metrics, or a gradient, in a push slot that is free."""
+        if frame.kind is Kind.VALIDATE:
+            return Partial(torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0, 0.0)
         slot = free.pop()
-        vector = self._slots[slot]
+        return Partial(self._slots[slot], 0, 0.0, 0.0, slot)
+
+    def _teller(self, frame: Frame, tree: TreeSum) -> Final:
+        """Says which values of what is to be pushed are there, once nothing but the last microbatch is missing."""
+
+        def tell(span: Span, block: Block, part: Partial) -> None:
+            self._link.send(self._about(Kind.READY, frame, block, part, read=span.start, samples=span.stop))
+
+        *others, (last, of_last) = tree
+        for block, part in others:
+            tell(self.layout.whole, block, part)
+        return lambda span: tell(span, last, of_last)
+
+    def _final(
+        self, block: Block, part: Partial, finish: Finish | None, merges: Sequence[Merge], tell: Final | None
+    ) -> Final:
+        """What is done, piece by piece, with values of a microbatch once they are final: they are rounded and added to
+        those of its siblings, and whoever is to hear of them does."""
+
+        def final(span: Span) -> None:
+            for piece in self.layout.pieces(span):
+                values = slice(piece.start, piece.stop)
+                if finish is not None:
+                    finish(block, part.vector[values], piece.start)
+                for merge in merges:
+                    merge.add(values)
+                if tell is not None:
+                    tell(piece)
+
+        return final
+
+    def _gradient(self, pieces: Pieces, step: int, shard: int, part: Partial, final: Final) -> None:
+        """The gradient of one microbatch's summed loss. Pieces add up in order, whoever computes them."""
         rows, value, weight = 0, 0.0, 0.0
-        self._device.begin(slot, self._scale)
+        coming: list[Callable[[], float]] = []  # the value of a piece's loss
+        held: list[Span] = []
+        squares: list[float] = []
+
+        def value_until_now() -> float:
+            nonlocal value
+            while coming:
+                value += coming.pop()()
+            return value
+
+        def give(span: Span) -> None:
+            if step % EVERY_STEPS == 0:
+                gradient = part.vector[span.start : min(span.stop, self.layout.num_gradients)]
+                squares.append(torch.dot(gradient, gradient).item())
+            final(span)
+
+        def there(span: Span) -> None:
+            is_suspect = self._is_checking or not math.isfinite(value_until_now())
+            (held.append if is_suspect else give)(span)
+
+        self._device.begin(part.slot, self._scale, there)
         self._device.load_buffers()
         self._model.train()
         self._device.seed(microbatch_seed(self._seed, step, shard))
@@ -317,28 +390,35 @@ class Worker:
             if not len(batch["label"]):
                 if probe is not None:
                     probe.end()
-                return Partial(vector.zero_(), 0, 0.0, 0.0, slot)
+                self._leave_out(part, final)
+                return
             with self._blame(pieces, step, shard):
                 loss, share = self._loss.total(self._outputs(batch), batch)
+                coming.append(self._device.value(loss))
                 self._device.backward(loss, pieces.is_last)
             pieces.bring_next()
-            value += loss.item()
+            value_until_now()  # waits for a device that is ahead: what is on its way takes memory
             if probe is not None:
                 probe.passed()
             rows, weight = rows + len(batch["label"]), weight + share
         seen = probe.end() if probe is not None else None
         self._device.finish(rows)
-        if not math.isfinite(value) or (self._is_checking and not math.isfinite(global_norm(vector))):
-            self._nonfinite(value, pieces.readers, step, shard)
-            return Partial(vector.zero_(), 0, 0.0, 0.0, slot)
+        if held:
+            if not math.isfinite(value) or not math.isfinite(global_norm(part.vector)):
+                self._nonfinite(value, pieces.readers, step, shard)
+                self._leave_out(part, final)
+                return
+            for span in held:
+                give(span)
         if seen is not None:
             report = json.dumps({"shard": shard, "layers": seen}).encode()
             self._link.send(Frame(Kind.LOOKED, self._asked, step, incarnation=self._incarnation, payload=report))
-        squares = 0.0
-        if step % EVERY_STEPS == 0:
-            gradient = vector[: self.layout.num_gradients]
-            squares = torch.dot(gradient, gradient).item()
-        return Partial(vector, rows, value, weight, slot, squares)
+        part.samples, part.loss, part.weight, part.squares = rows, value, weight, math.fsum(squares)
+
+    def _leave_out(self, part: Partial, final: Final) -> None:
+        """A microbatch gives nothing."""
+        part.vector.zero_()
+        final(self.layout.whole)
 
     def _nonfinite(self, loss: float, readers: Readers, step: int, shard: int) -> None:
         """Tell the server that a microbatch is left out, or raise DivergenceError. Either names the rows whose loss or
@@ -364,9 +444,8 @@ class Worker:
         report = json.dumps({"shard": shard, "message": message}).encode()
         self._link.send(Frame(Kind.SKIPPED, self._asked, step, incarnation=self._incarnation, payload=report))
 
-    def _evaluate(self, pieces: Pieces, step: int, shard: int, _: list[int]) -> Partial:
+    def _evaluate(self, pieces: Pieces, step: int, shard: int, part: Partial, final: Final) -> None:
         """Loss and metric sums of one microbatch: float64 [metrics]."""
-        part = Partial(torch.zeros(self._metrics.num_sums, dtype=torch.float64), 0, 0.0, 0.0)
         self._device.load_buffers()
         self._model.eval()
         for batch in pieces:
@@ -377,7 +456,7 @@ class Worker:
                 loss, weight = self._loss.total(outputs, batch, torch.float64)
                 sums = torch.tensor(self._metrics.sums(outputs, batch["label"]), dtype=torch.float64)
             part.add(Partial(sums, len(batch["label"]), loss.item(), weight))
-        return part
+        final(Span(0, len(part.vector)))
 
     def _outputs(self, batch: Batch) -> Tensor:
         return self._arithmetic.outputs(self._model, batch, self._device.type)
@@ -462,6 +541,10 @@ class _Blame:
                 f"step {self._step + 1}, shard {self._shard}: the model or the loss raised {type(error).__name__}: "
                 f"{error} (microbatch: {shapes})\n{text}"
             ) from error
+
+
+Work = Callable[[Pieces, int, int, Partial, Final], None]
+"""Computes a microbatch: its rows, step and shard, what it gives, and who is told of that."""
 
 
 def microbatch_seed(seed: int, step: int, shard: int) -> int:

@@ -1,11 +1,14 @@
 """What a step's exchange costs between hosts: distrain, with slices and bfloat16 on the wire, beside DDP over gloo.
 
-    python jobs/hosts_benchmark.py run 10.0.0.1 10.0.0.2 10.0.0.3 --launch "ssh {host} cd distrain && {command}"
+    python jobs/hosts_benchmark.py run 10.0.0.1 10.0.0.2 10.0.0.3 --launch "ssh {host} {quoted}"
 
-starts one process a host by the command of `--launch`, in which {host} is an address, {number} its place from 1 on and
-{command} what to run there (with this file's folder's parent as the working directory). It needs no Ray. The model's
-gradient costs next to nothing to compute, so that the exchange and the update are what is measured; every contender
-has the same model, optimizer (Adam) and number of workers. Prints a table of milliseconds a step (median).
+starts one process a host by the command of `--launch`, in which {host} is an address, {number} its place from 1 on,
+{command} what to run there and {quoted} the same as one argument, for what hands it to another shell. Python and this
+repository have to be under the same paths everywhere. It needs no Ray. The model's
+gradient costs next to nothing to compute, so that the exchange and the update are what is measured; with `--backward`
+a backward pass takes longer, asleep, and shows what is sent meanwhile. Every contender
+has the same model, optimizer (Adam) and number of workers. Prints a table of milliseconds a step: means, since steps of
+different lengths take turns where several are in flight.
 """
 
 from __future__ import annotations
@@ -46,8 +49,7 @@ class Setup:
     contender: str  # distrain or ddp
     hosts: tuple[str, ...]
     port: int
-    floats: int
-    tensors: int
+    model: Model
     workers: int  # of each host
     steps: int
     exchange: Exchange
@@ -65,14 +67,15 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("hosts", nargs=-1, required=True)
-@click.option("--launch", required=True, help="How a command is run on a host: {host}, {number}, {command}")
+@click.option("--launch", required=True, help="How a command is run on a host: {host}, {number}, {command}, {quoted}")
 @click.option("--floats", multiple=True, type=int, default=(1_000_000, 25_000_000), help="Parameters of the model")
 @click.option("--workers", multiple=True, type=int, default=(1, 2), help="Of each host")
+@click.option("--backward", "backward_ms", default=0.0, help="Milliseconds of a backward pass")
 @click.option("--steps", type=int, default=None, help="Measured; default by the model's size")
 @click.option("--port", type=int, default=29_600)
 @click.option("--interface", default=None, help="Gloo's network interface")
 @click.option("--contender", multiple=True, help="distrain [sliced] [bf16] [stale], or ddp", default=CONTENDERS)
-def run(hosts, launch, floats, workers, steps, port, interface, contender) -> None:
+def run(hosts, launch, floats, workers, backward_ms, steps, port, interface, contender) -> None:
     """Measure every contender and print a table."""
     click.echo(f"| {len(hosts)} hosts: parameters | workers a host | " + " | ".join(contender) + " |")
     click.echo("| --- " * (2 + len(contender)) + "|")
@@ -88,19 +91,20 @@ def run(hosts, launch, floats, workers, steps, port, interface, contender) -> No
                     1 if "stale" in words else 0,
                 )
                 num_steps = steps or max(15, min(200, 100_000_000 // size))
-                setup = Setup(kind, hosts, port, size, 24, count, num_steps, exchange, interface)
+                model = Model(size, backward_seconds=backward_ms / 1000)
+                setup = Setup(kind, hosts, port, model, count, num_steps, exchange, interface)
                 cells.append(f"{measure(setup, launch):.1f} ms")
             click.echo(f"| {size:,} | {count} | " + " | ".join(cells) + " |")
 
 
 def measure(setup: Setup, launch: str) -> float:
-    """Run one contender on all hosts. Returns the median step in milliseconds, as the first host saw it."""
+    """Run one contender on all hosts. Returns the mean step in milliseconds, as the first host saw it."""
     processes = []
     for number, host in enumerate(setup.hosts, 1):
         inner = shlex.join(
             [sys.executable, str(Path(__file__).resolve()), "host", str(number), json.dumps(asdict(setup))]
         )
-        line = launch.format(host=host, number=number, command=inner)
+        line = launch.format(host=host, number=number, command=inner, quoted=shlex.quote(inner))
         pipe = subprocess.PIPE if number == 1 else subprocess.DEVNULL
         processes.append(subprocess.Popen(line, shell=True, stdout=pipe, cwd=ROOT, text=True))
     try:
@@ -119,7 +123,8 @@ def measure(setup: Setup, launch: str) -> float:
 def host(number: int, setup: str) -> None:
     """One host's part (`run` starts it)."""
     values = json.loads(setup)
-    read = Setup(**{**values, "hosts": tuple(values["hosts"]), "exchange": Exchange(**values["exchange"])})
+    model, exchange = Model(**values.pop("model")), Exchange(**values.pop("exchange"))
+    read = Setup(**{**values, "hosts": tuple(values["hosts"])}, model=model, exchange=exchange)
     step_ms = ddp_host(read, number) if read.contender == "ddp" else distrain_host(read, number)
     if number == 1:
         click.echo(json.dumps({"ms": step_ms}))
@@ -127,16 +132,15 @@ def host(number: int, setup: str) -> None:
 
 def distrain_host(setup: Setup, number: int) -> float:
     """The server with its workers on the first host, a relay with its own on the others."""
-    model = Model(setup.floats, setup.tensors)
     first = (number - 1) * setup.workers
     ranks = range(first, first + setup.workers)
     if number == 1:
         steps = WARMUP_STEPS + setup.steps
-        records = serve(model, setup.num_workers, ranks, steps, setup.exchange, setup.hosts[0], setup.port)
-        return 1000 * statistics.median(record.step_s for record in records[WARMUP_STEPS:])
+        records = serve(setup.model, setup.num_workers, ranks, steps, setup.exchange, setup.hosts[0], setup.port)
+        return 1000 * statistics.fmean(record.step_s for record in records[WARMUP_STEPS:])
     slice_ = number - 2 if number <= setup.exchange.slices else None
     server = (setup.hosts[0], setup.port)
-    relay(model, setup.num_workers, ranks, server, setup.exchange, slice_, setup.hosts[number - 1])
+    relay(setup.model, setup.num_workers, ranks, server, setup.exchange, slice_, setup.hosts[number - 1])
     return 0.0
 
 
@@ -157,13 +161,13 @@ def ddp_host(setup: Setup, number: int) -> float:
 
 
 def ddp_rank(setup: Setup, rank: int, results) -> None:
-    """One process of DDP; the first gives the median step."""
+    """One process of DDP; the first gives the mean step."""
     torch.set_num_threads(1)
     keep_freed_memory()
     dist.init_process_group(
         "gloo", init_method=f"tcp://{setup.hosts[0]}:{setup.port}", rank=rank, world_size=setup.num_workers
     )
-    model = DistributedDataParallel(build(setup.floats, setup.tensors), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(build(**asdict(setup.model)), gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     row, times = torch.ones(1, 1), []
     for _ in range(WARMUP_STEPS + setup.steps):
@@ -173,7 +177,7 @@ def ddp_rank(setup: Setup, rank: int, results) -> None:
         optimizer.step()
         times.append(time.perf_counter() - start)
     if rank == 0:
-        results.put(1000 * statistics.median(times[WARMUP_STEPS:]))
+        results.put(1000 * statistics.fmean(times[WARMUP_STEPS:]))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from distrain.config import DataConfig, LossConfig, OptimizerConfig
 from distrain.data.dataset import open_dataset
-from distrain.exchange.memory import views
+from distrain.exchange.layout import views
 from distrain.learning.losses import Loss
 from distrain.reduction import Partial
 from distrain.server.parameter_server import ParameterServer

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,16 @@ def test_a_cluster_open_to_all_and_one_of_another_version(open_dashboard: str, m
     monkeypatch.setattr(Dashboard, "version", "2.40.0")
     other, _ = doctor.jobs_cluster(open_dashboard)
     assert other.verdict == "warning" and "runs Ray 2.40.0" in other.message
+
+
+def test_a_copy_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch):
+    def not_there(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", not_there)
+    found = doctor.versions()
+    assert found.verdict == "failed" and found.exit_code == 2
+    assert "distrain is not installed" in found.message and "pip install -e ." in found.advice
 
 
 def test_versions():

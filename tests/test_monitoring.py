@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import time
 import urllib.request
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from distrain.records import Report
 from tests.support.heads import RayHead, ray_head
 from tests.support.jobs import distrain, finish, start, write_job
+from tests.support.prometheus import prometheus
 from tests.support.records import step
 
 MONITORING = Path(__file__).parents[1] / "cluster/monitoring"
@@ -46,34 +51,79 @@ def scrape(head: RayHead) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.mark.ray
-@pytest.mark.cluster
-def test_a_run_exports_what_the_dashboard_shows(tmp_path: Path):
-    job = write_job(tmp_path, ROWS, epochs=EPOCHS, tracking={"enabled": False, "run_name": RUN})
+@dataclass
+class Watched:
+    """A run on a node whose series were read while it went on. `answers`: what a Prometheus made of each of the
+    dashboard's expressions, where there is one."""
+
+    job: Path
+    result: dict[str, Any]
+    seen: dict[str, list[Any]]
+    answers: dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    folder = tmp_path_factory.mktemp("watched")
+    job = write_job(folder, ROWS, epochs=EPOCHS, tracking={"enabled": False, "run_name": RUN})
     seen: dict[str, list[Any]] = {}
-    with ray_head(RAY_metrics_report_interval_ms="200") as head:
-        training = start("train", str(job), "--json", cwd=tmp_path, RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
+    answers: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as open_ones:
+        head = open_ones.enter_context(ray_head(RAY_metrics_report_interval_ms="200"))
+        if shutil.which("prometheus"):
+            server = open_ones.enter_context(prometheus(head.metrics.split("/")[2], folder))
+        began = time.time()
+        training = start("train", str(job), "--json", cwd=folder, RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
         while training.poll() is None:
             seen |= scrape(head)
             time.sleep(0.1)
         done = finish(training)
         assert done.code == 0, done.stderr
         seen |= scrape(head)  # counters stay after the run
+        if shutil.which("prometheus"):
+            time.sleep(1.0)  # it reads five times a second
+            answers = {each: server.history(each.replace("$run", RUN), began) for each in expressions()}
+    return Watched(job, done.result, seen, answers)
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+def test_a_run_exports_what_the_dashboard_shows(watched: Watched):
+    seen = watched.seen
     shown = {name for expression in expressions() for name in series_of(expression)}
     exported = {name for name in seen if not name.endswith(("_created", "_sum"))}
     assert shown == exported
     assert sum(sample.value for sample in seen["ray_distrain_samples_total"]) == ROWS * EPOCHS
     assert sum(sample.value for sample in seen["ray_distrain_step_seconds_count"]) == STEPS
-    assert {sample.labels["part"] for sample in seen["ray_distrain_part_seconds_total"]} >= {
-        "data",
-        "compute",
-        "update",
-    }
+    parts = {sample.labels["part"] for sample in seen["ray_distrain_part_seconds_total"]}
+    assert parts >= {"data", "compute", "update"}
     assert seen["ray_distrain_workers"][0].value in (1, 2)
-    own = distrain(
-        "train", str(job), "checkpoint.dir=other", "--json", cwd=tmp_path
-    )  # a Ray of its own exports nothing
-    assert own.result["parameters_sha256"] == done.result["parameters_sha256"]
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+def test_a_run_on_a_ray_of_its_own_has_the_same_bits_without_a_series(watched: Watched):
+    own = distrain("train", str(watched.job), "checkpoint.dir=other", "--json", cwd=watched.job.parent)
+    assert own.result["parameters_sha256"] == watched.result["parameters_sha256"]
+
+
+@pytest.mark.ray
+@pytest.mark.cluster
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no Prometheus on this machine")
+def test_prometheus_has_an_answer_to_what_the_dashboard_asks(watched: Watched):
+    values = {
+        expression: {answer["metric"].get("part", ""): float(answer["values"][-1][1]) for answer in answers}
+        for expression, answers in watched.answers.items()
+    }
+    assert len(values) == len(expressions())
+    assert [expression for expression, found in values.items() if not found] == [], "each has a series"
+    assert all(math.isfinite(value) and value >= 0 for found in values.values() for value in found.values())
+    [steps] = [found[""] for expression, found in values.items() if expression.startswith("ray_distrain_step{")]
+    assert steps == STEPS
+    [median, *others] = [found[""] for expression, found in values.items() if expression.startswith("histogram")]
+    assert 0 < median <= min(others), "quantiles of a step's seconds"
+    [parts] = [found for expression, found in values.items() if "by (run, part)" in expression]
+    assert parts.keys() >= {"data", "compute", "update"} and sum(parts.values()) < 1, "seconds of a step"
 
 
 def test_every_panel_asks_for_runs_and_has_a_meaning():

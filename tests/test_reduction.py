@@ -33,6 +33,8 @@ def test_any_split_over_workers_and_any_order_gives_the_same_bits(num_shards: in
         worker = TreeSum(num_shards)
         for shard in range(first, stop):
             worker.put(Block(shard, shard + 1), parts[shard])
+            while worker.late:
+                worker.work(4)
         pushed += list(worker)
         first = stop
     server = TreeSum(num_shards)
@@ -46,6 +48,24 @@ def test_any_split_over_workers_and_any_order_gives_the_same_bits(num_shards: in
     width = 1 << (num_shards - 1).bit_length()
     np.testing.assert_array_equal(total.vector, recursive_sum(values, 0, width))
     assert total.samples == num_shards * (num_shards + 1) // 2
+
+
+@given(num_shards=st.integers(1, 40), data=st.data())
+def test_what_is_added_up_in_between_and_late_has_the_same_bits(num_shards: int, data: st.DataObject):
+    at_once, in_blocks = TreeSum(num_shards), TreeSum(num_shards)
+    for shard in data.draw(st.permutations(range(num_shards))):
+        at_once.put(Block(shard, shard + 1), leaves(num_shards, 0)[shard])
+        in_blocks.put(Block(shard, shard + 1), leaves(num_shards, 0)[shard])
+        for num_values in data.draw(st.lists(st.integers(1, 6), max_size=3)):
+            if in_blocks.late:
+                in_blocks.work(num_values)
+    halves = in_blocks.halves()
+    for stop in (2, 3, 5):
+        for merge in in_blocks.late:
+            merge.add_until(stop)
+    for part, expected in zip(halves, at_once.fold(), strict=True):
+        np.testing.assert_array_equal(part.vector, expected.vector)
+        assert part.samples == expected.samples
 
 
 @given(num_shards=st.integers(1, 40), data=st.data())
@@ -66,11 +86,15 @@ def test_fresh_vectors_leave_what_was_put_as_it_was(num_shards: int, data: st.Da
     plain, careful = TreeSum(num_shards), TreeSum(num_shards, fresh=lambda: np.empty(5, np.float32))
     for shard in data.draw(st.permutations(range(num_shards))):
         careful.put(Block(shard, shard + 1), put[shard])
+        while careful.late:
+            careful.work(5)
     for was, leaf in zip(kept, put, strict=True):
         np.testing.assert_array_equal(was.vector, leaf.vector)
         assert (was.samples, was.loss) == (leaf.samples, leaf.loss)
     for shard in range(num_shards):
         plain.put(Block(shard, shard + 1), kept[shard])
+        while plain.late:
+            plain.work(3)
     for (block, part), (expected_block, expected) in zip(careful, plain, strict=True):
         assert block == expected_block and part.samples == expected.samples
         np.testing.assert_array_equal(part.vector, expected.vector)
@@ -81,7 +105,8 @@ def test_freed_parts_are_each_part_but_those_left(num_shards: int, data: st.Data
     tree = TreeSum(num_shards)
     freed: list[int] = []
     for shard in data.draw(st.permutations(range(num_shards))):
-        freed += [part.slot for part in tree.put(Block(shard, shard + 1), leaves(num_shards, 0)[shard])]
+        merges = tree.plan(Block(shard, shard + 1), leaves(num_shards, 0)[shard])
+        freed += [merge.right.slot for merge in merges]
     assert sorted([*freed, *(part.slot for _, part in tree)]) == list(range(num_shards))
 
 

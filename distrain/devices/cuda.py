@@ -57,6 +57,10 @@ class Cuda:
         # torch's allocator of page-locked memory keeps the detour's until the copy is done.
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
+    def fetch(self, tensor: Tensor) -> Tensor:
+        fetched = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return fetched.copy_(tensor, non_blocking=True)
+
     def keep_for(self, stream: Any, tensor: Tensor) -> None:
         tensor.record_stream(stream)
 

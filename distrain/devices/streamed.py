@@ -1,32 +1,36 @@
 """A device with memory of its own: parameters, microbatches and gradients are copied, on streams beside the one that
-computes.
-
-Gradients leave while backward goes on: parameters form buckets, the last layers' first, and once a bucket's gradients
-are all there, one copy takes them to the push slot (as in Li et al. 2020, "PyTorch Distributed", section 3.2.3).
-"""
+computes. Gradients leave while backward goes on, bucket by bucket."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distrain.devices.device import Batch, Buffers, put_gradient
-from distrain.exchange.memory import Layout, Published, PushSlots, views
+from distrain.devices.backward import Backward
+from distrain.devices.device import Batch, Buffers, There
+from distrain.exchange.layout import Bucket, Layout, Span, views
+from distrain.exchange.memory import Published, PushSlots
 
-BUCKET_BYTES = 4 << 20
+
+class Event(Protocol):
+    """A mark in a stream, as torch.cuda.Event has it."""
+
+    def synchronize(self) -> None:
+        """Wait until all that the stream was given before it is done."""
+        ...
 
 
 class Stream(Protocol):
     """Work in order, as torch.cuda.Stream has it."""
 
-    def record_event(self) -> Any:
+    def record_event(self) -> Event:
         """Mark what it was given so far."""
         ...
 
@@ -40,7 +44,8 @@ class Stream(Protocol):
 
 
 class Accelerator(Protocol):
-    """A GPU, as far as StreamedDevice needs one. Nothing waits for what it is asked for but `Stream.synchronize`."""
+    """A GPU, as far as StreamedDevice needs one. Nothing waits for what it is asked for but `synchronize`, of streams
+    and events."""
 
     type: str
 
@@ -69,6 +74,10 @@ class Accelerator(Protocol):
         """A copy on the device, on the thread's stream; by way of page-locked memory that nobody else has."""
         ...
 
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A copy in page-locked memory of the host, on the thread's stream. The tensor has to live until it is done."""
+        ...
+
     def keep_for(self, stream: Stream, tensor: Tensor) -> None:
         """Do not reuse a tensor's memory before what this stream was given until the tensor's end is done."""
         ...
@@ -86,38 +95,12 @@ class Accelerator(Protocol):
         ...
 
 
-@dataclass
-class Bucket:
-    """The parameters whose gradients lie in [start, stop) of the pushed vector. `missing`: those of them that the
-    backward pass under way has not reached."""
-
-    start: int
-    stop: int
-    indices: frozenset[int]
-    missing: set[int] = field(default_factory=set)
-
-
-def make_buckets(layout: Layout, num_bytes: int = BUCKET_BYTES) -> list[Bucket]:
-    """Cut a model's parameters, from the last to the first, into buckets of at least so many bytes (but for the last
-    bucket, which gets what is left)."""
-    buckets: list[Bucket] = []
-    indices: list[int] = []
-    stop = layout.num_gradients
-    for index in reversed(range(len(layout.parameters))):
-        indices.append(index)
-        start = layout.parameters[index].start
-        if 4 * (stop - start) >= num_bytes or index == 0:
-            buckets.append(Bucket(start, stop, frozenset(indices)))
-            indices, stop = [], start
-    return buckets
-
-
 @dataclass(frozen=True)
 class Brought:
     """A microbatch on its way."""
 
     batch: Batch
-    there: Any  # the event after its last copy
+    there: Event  # after its last copy
 
 
 class StreamedDevice:
@@ -130,8 +113,8 @@ class StreamedDevice:
     is_ahead = True
     copy_s = 0.0
 
-    def __init__(self, accelerator: Accelerator, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._accelerator, self._bucket_bytes = accelerator, bucket_bytes
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self.type = accelerator.type
         self._compute, self._arrivals, self._departures = (
             accelerator.compute,
@@ -141,15 +124,17 @@ class StreamedDevice:
         self._locked: dict[int, Tensor] = {}  # address -> host memory that is page-locked, or could not be
         self._is_locked: dict[int, bool] = {}
 
-    def open(self, model: nn.Module, layout: Layout, published: Sequence[Published], slots: PushSlots) -> None:
+    def open(
+        self, model: nn.Module, layout: Layout, published: Sequence[Published], slots: PushSlots, early: bool = False
+    ) -> None:
         zeros = self._accelerator.zeros
+        # Gradients are copied from within backward in any case, and `finish` says when they are there.
         self._published, self._slots = published, slots
         self._floats = zeros([layout.num_floats], torch.float32)  # what was published
         self._ints = zeros([layout.num_ints], torch.int64)
         self._sums = zeros([layout.num_floats], torch.float32)  # what is to be pushed
-        self._num_gradients = layout.num_gradients
-        self._parameters = list(model.parameters())
-        for parameter, view in zip(self._parameters, views(self._floats, layout.parameters), strict=True):
+        self._layout = layout
+        for parameter, view in zip(model.parameters(), views(self._floats, layout.parameters), strict=True):
             parameter.data = view
         for buffer in model.buffers():  # in place: losses may hold one of them too
             buffer.data = zeros(buffer.shape, buffer.dtype)
@@ -159,14 +144,10 @@ class StreamedDevice:
         self._gradients = views(self._sums, layout.parameters)
         self._changes = views(self._sums, layout.float_buffers)
         self._counts = views(self._sums, layout.int_buffers)
-        self._buckets = make_buckets(layout, self._bucket_bytes)
-        self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.indices}
-        for index, parameter in enumerate(self._parameters):
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
+        self._backward = Backward(model, layout, self._put, early=True)
+        self._departed: list[tuple[Span, Event]] = []  # with marks after their copies
         self._held: tuple[int, int] | None = None  # (version, round) of what was published last
         self._slot: Tensor | None = None  # the push slot that the microbatch under way fills
-        self._scale, self._is_last = 0.0, False
 
     def read(self, version: int, round_number: int) -> None:
         if self._held == (version, round_number):
@@ -196,30 +177,33 @@ class StreamedDevice:
             self._accelerator.keep_for(self._compute, tensor)
         return brought.batch
 
-    def begin(self, slot: int, scale: float) -> None:
-        self._slot, self._scale, self._is_last = self._slots[slot], scale, False
+    def begin(self, slot: int, scale: float, there: There) -> None:
+        self._slot, self._there = self._slots[slot], there
         self._lock(self._slot)
-        for parameter in self._parameters:
-            parameter.grad = None
-        for bucket in self._buckets:
-            bucket.missing = set(bucket.indices)
+        self._departed.clear()
+        self._backward.begin(scale)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        self._is_last = is_last
-        (loss * self._scale if self._scale else loss).backward()
+        self._backward.run(loss, is_last)
+
+    def value(self, loss: Tensor) -> Callable[[], float]:
+        loss = loss.detach()
+        self._departures.wait_event(self._compute.record_event())
+        with self._accelerator.on(self._departures):
+            fetched = self._accelerator.fetch(loss)
+        return partial(_waited_for, self._departures.record_event(), fetched, loss)
 
     def finish(self, rows: int) -> None:
-        start = time.perf_counter()
-        for bucket in self._buckets:  # what the last loss does not depend on
-            if bucket.missing:
-                for index in bucket.missing:
-                    put_gradient(self._gradients[index], self._parameters[index].grad, self._scale)
-                self._depart(bucket.start, bucket.stop)
-        if self._num_gradients < len(self._sums):
+        for bucket in self._backward.rest():
+            self._put(bucket)
+        if self._layout.has_buffers:
             self._buffers.add_changes(self._changes, self._counts, rows)
-            self._depart(self._num_gradients, len(self._sums))
-        self._departures.synchronize()
-        self.copy_s += time.perf_counter() - start
+            self._depart(Span(self._layout.num_gradients, self._layout.num_floats))
+        for span, copied in self._departed:
+            start = time.perf_counter()
+            copied.synchronize()
+            self.copy_s += time.perf_counter() - start
+            self._there(span)
 
     def close(self) -> None:
         self._departures.synchronize()
@@ -229,23 +213,18 @@ class StreamedDevice:
                 self._accelerator.unlock(tensor)
         self._locked.clear()
 
-    def _arrived(self, index: int, parameter: Tensor) -> None:
-        """A parameter's gradient is there: autograd calls this, from a thread of its own, as soon as it is."""
-        if not self._is_last:
-            return
-        bucket = self._bucket_of[index]
-        with self._accelerator.on(self._compute):
-            put_gradient(self._gradients[index], parameter.grad, self._scale)
-        bucket.missing.discard(index)
-        if not bucket.missing:
-            self._depart(bucket.start, bucket.stop)
+    def _put(self, bucket: Bucket) -> None:
+        with self._accelerator.on(self._compute):  # in autograd's thread it may be another one
+            self._backward.put(bucket, self._gradients)
+        self._depart(bucket.span)
 
-    def _depart(self, start: int, stop: int) -> None:
+    def _depart(self, span: Span) -> None:
         """Copy a part of the sums to the push slot, after what was computed so far."""
         assert self._slot is not None
         self._departures.wait_event(self._compute.record_event())
         with self._accelerator.on(self._departures):
-            self._accelerator.copy(self._slot[start:stop], self._sums[start:stop])
+            self._accelerator.copy(self._slot[span.start : span.stop], self._sums[span.start : span.stop])
+        self._departed.append((span, self._departures.record_event()))
 
     def _lock(self, tensor: Tensor) -> None:
         """Page-lock shared memory when it is first used: of many push slots only those that are."""
@@ -253,3 +232,9 @@ class StreamedDevice:
         if address not in self._locked:
             self._locked[address] = tensor
             self._is_locked[address] = self._accelerator.page_lock(tensor)
+
+
+def _waited_for(there: Event, fetched: Tensor, _: Tensor) -> float:
+    """A fetched value. Its source is held on to until then."""
+    there.synchronize()
+    return fetched.item()

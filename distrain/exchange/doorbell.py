@@ -3,7 +3,7 @@
 A frame that wakes a sleeping worker may cost the server its core at once: the scheduler likes to put who is woken where
 the waker runs, and the worker then computes there while another one still waits for its frame (measured: in every other
 step of two workers on two cores, for 2 ms). So the workers of the server's host do not sleep on their sockets: they
-sleep on an eventfd that they share, and the server rings it once all frames are sent.
+sleep on an eventfd that they share, and the server, or their host's relay, rings it once all frames are sent.
 """
 
 from __future__ import annotations

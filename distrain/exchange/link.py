@@ -1,8 +1,9 @@
 """Links between workers and server: one framing over Unix sockets (same host) and TCP (across hosts).
 
-A frame is a fixed struct, then `num_bytes` of payload: raw floats where there is no shared memory, a little JSON when
-a worker joins. Nothing is ever unpickled. A worker proves that it holds the run's token by answering the server's
-challenge with its HMAC-SHA256 (RFC 2104), so the token itself never crosses the wire. A dead peer is an EOF.
+A frame is a fixed struct, then `num_bytes` of payload: raw numbers where there is no shared memory, a little JSON when
+a worker joins, or safetensors (see state.py). Nothing is ever unpickled. A worker proves that it holds the run's token
+by answering the server's challenge with its HMAC-SHA256 (RFC 2104), so the token itself never crosses the wire. A dead
+peer is an EOF.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from typing import Any, Protocol
 from distrain.errors import LinkError
 from distrain.exchange.doorbell import Doorbell, Sleeper
 
-_HEADER = struct.Struct("<BxxxiiiiiqqqqqdddddQ")
+_HEADER = struct.Struct("<BxxxqqiiiqqqqqdddddQ")
 _GONE = "the other end of the link is gone"
 _MAX_UNPROVEN_BYTES = 4096  # what a peer may send before it has proved itself
 _HANDSHAKE_SECONDS = 10.0
 _RECEIVE_CHUNK = 1 << 20
+_UNSENT_BYTES = 1 << 20  # of which the system has not sent any, 9 ms on 1 Gbit/s: nothing overtakes those
 
 
 class Kind(IntEnum):
@@ -40,7 +42,7 @@ class Kind(IntEnum):
     CHALLENGE = 1  # server -> worker: prove yourself
     HELLO = 2  # worker -> server: proof, rank, layout digest
     WELCOME = 3  # server -> worker: your incarnation; shared memory follows as file descriptors
-    PUBLISH = 4  # server -> worker without shared memory: the parameters
+    PUBLISH = 4  # server -> worker without shared memory, and owner of a slice -> host: the parameters
     TRAIN = 5  # server -> worker: compute the gradients of these microbatches; payload: see pack_microbatches
     VALIDATE = 6  # server -> worker: compute the metrics of these microbatches of the validation rows
     PUSH = 7  # worker -> server: the sum over a block of places
@@ -50,17 +52,20 @@ class Kind(IntEnum):
     CHECK = 11  # server -> worker: as TRAIN, and look at each microbatch's gradient: one of them is not finite
     SKIPPED = 12  # worker -> server: a microbatch that was left out; JSON payload
     LOOKED = 13  # worker -> server: what a microbatch's activations showed; JSON payload
-    # Between the server and the relays of other hosts (see relay.py), for whose workers the kinds above pass through:
+    READY = 14  # worker -> whoever adds its pushes up with others: values [read, samples) of a push that follows
+    # Between the server and the relays of other hosts (see relay.py), which pass the kinds above on but for READY:
     ROSTER = 20  # server -> relay: where the slices' owners listen; relay -> server: they are reached
     LEFT = 21  # relay -> server: a worker's link has ended; server -> relay: end it
     COMBINE = 22  # server -> relay: these pushes count; their sums are to be with the owners
-    SUM = 23  # host -> owner: the sum over a block of places
-    ARRIVED = 24  # owner -> server: such a sum is here; `slot` is the host it came from, `read` its pushes' digest
-    APPLY = 25  # server -> owner: add these sums up and update
-    SHARE = 26  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
-    VALIDATED = 27  # server -> owner: the loss of a validation
-    COLLECT = 28  # server -> owner: send the optimizer's state of your slice
-    STATE = 29  # that state; server -> owner: go on from it
+    PIECE = 23  # host -> owner: values [first, stop) of a sum to which the host `slot` has given the number `version`
+    SUM = 24  # host -> owner: the pieces of that number are the sum over a block of places, of pushes of this digest
+    VOID = 25  # host -> owner: the sum of that number will not be finished
+    ARRIVED = 26  # owner -> server: such a sum is here; `slot` is the host it came from, `read` its pushes' digest
+    APPLY = 27  # server -> owner: add these sums up and update
+    SHARE = 28  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
+    VALIDATED = 29  # server -> owner: the loss of a validation
+    COLLECT = 30  # server -> owner: send the optimizer's state of your slice
+    STATE = 31  # that state; server -> owner: go on from it
 
 
 @dataclass(slots=True)
@@ -70,12 +75,13 @@ class Frame:
     kind: Kind
     round: int = 0  # the exchange this belongs to; a push repeats the one it answers
     step: int = 0  # training step or validation step of the plan, from 0
-    first: int = 0  # places in the round [first, stop): its shards, where no payload says otherwise
-    stop: int = 0
+    first: int = 0  # places in the round [first, stop): its shards, where no payload says otherwise; piece, and publish
+    stop: int = 0  # between hosts: values [first, stop) of the vector
     incarnation: int = 0
     slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
-    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum: its pushes' digest
+    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum: its pushes' digest.
+    # Welcome: 1: say READY. Apply: the oldest round that is not over
     samples: int = 0  # push: rows of the block; task: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
     loss: float = 0.0  # push: sum over the samples; task: what the loss is multiplied by for fp16, 0: nothing
@@ -137,7 +143,7 @@ Sink = Callable[[Frame], memoryview | None]
 
 
 class Link(Protocol):
-    """Carries frames both ways, in order. Raises LinkError once the other end is gone."""
+    """Carries frames both ways, in order but for what is sent in bulk. Raises LinkError once the other end is gone."""
 
     def send(self, frame: Frame) -> None: ...
 
@@ -146,6 +152,19 @@ class Link(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """A frame to be sent: what is left of its bytes, and what to do when nothing is."""
+
+    frame: Frame
+    rest: list[memoryview]
+    then: Callable[[], None] | None
+
+    def done(self) -> None:
+        if self.then is not None:
+            self.then()
 
 
 class SocketLink:
@@ -159,11 +178,14 @@ class SocketLink:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         self._socket = sock
         self.shared = sock.family == socket.AF_UNIX
         self.sink = sink
         self.proven = True
-        self._outgoing: deque[memoryview] = deque()
+        self._words: deque[_Outgoing] = deque()
+        self._bulk: deque[_Outgoing] = deque()
+        self._under_way: _Outgoing | None = None
         self._header = bytearray(_HEADER.size)
         self._header_filled = 0
         self._frame: Frame | None = None
@@ -177,26 +199,42 @@ class SocketLink:
     @property
     def sending(self) -> bool:
         """Whether something is still queued for sending."""
-        return bool(self._outgoing)
+        return bool(self._under_way or self._words or self._bulk)
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: Frame, bulk: bool = False, then: Callable[[], None] | None = None) -> None:
         """Send a frame, or queue what the socket does not take now. The payload must stay unchanged until `flush`
-        has sent it."""
+        has sent it; `then` is called when it is needed no more. Frames in `bulk` keep their order, and let others
+        overtake them."""
         payload = memoryview(frame.payload).cast("B")
-        self._outgoing.append(memoryview(_pack(frame, len(payload))))
-        if len(payload):
-            self._outgoing.append(payload)
+        header = memoryview(_pack(frame, len(payload)))
+        rest = [header, payload] if len(payload) else [header]
+        (self._bulk if bulk else self._words).append(_Outgoing(frame, rest, then))
         self.flush()
+
+    def withdraw(self, is_unwanted: Callable[[Frame], bool]) -> None:
+        """Do not send such frames of the bulk, as far as they are still queued."""
+        queued, self._bulk = self._bulk, deque()
+        for each in queued:
+            if is_unwanted(each.frame):
+                each.done()
+            else:
+                self._bulk.append(each)
 
     def flush(self) -> None:
         """Send as much of the queue as the socket takes now."""
         try:
-            while self._outgoing:
-                sent = self._socket.send(self._outgoing[0])
-                if sent == len(self._outgoing[0]):
-                    self._outgoing.popleft()
-                else:
-                    self._outgoing[0] = self._outgoing[0][sent:]
+            while self.sending:
+                if self._under_way is None:
+                    self._under_way = (self._words or self._bulk).popleft()
+                rest = self._under_way.rest
+                sent = self._socket.send(rest[0])
+                if sent < len(rest[0]):
+                    rest[0] = rest[0][sent:]
+                    continue
+                del rest[0]
+                if not rest:
+                    self._under_way.done()
+                    self._under_way = None
         except BlockingIOError:
             return
         except (ConnectionResetError, BrokenPipeError) as error:
@@ -228,12 +266,12 @@ class SocketLink:
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 return None
-            if self._sleeper is not None and not self._outgoing:
+            if self._sleeper is not None and not self.sending:
                 self._sleeper.sleep(remaining)
                 continue
-            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
+            poll.register(self._socket, select.POLLIN | (select.POLLOUT if self.sending else 0))
             poll.poll(None if remaining is None else remaining * 1000)
-            if self._outgoing:
+            if self.sending:
                 self.flush()
 
     def _receive_some(self) -> Frame | None:
@@ -267,7 +305,7 @@ class SocketLink:
         """Hand file descriptors to the other end (Unix sockets only)."""
         self._socket.setblocking(True)
         try:
-            while self._outgoing:
+            while self.sending:
                 self.flush()
             socket.send_fds(self._socket, [b"D"], descriptors)
         except OSError as error:
@@ -400,7 +438,7 @@ def connect(
 
 
 class Hub:
-    """The server's end of all links: listens, authenticates, and waits for whatever comes next.
+    """The server's, or a relay's, end of all its links: listens, authenticates, and waits for whatever comes next.
 
     `host` is the address to listen on for workers of other hosts, `port` its port (0: any that is free); without
     `host`, it listens on a Unix socket only. Workers of this host that wait for `bell` are woken together, by `ring` or
@@ -451,10 +489,10 @@ class Hub:
         self._watch_writers()
         return happened
 
-    def send(self, link: SocketLink, frame: Frame) -> None:
+    def send(self, link: SocketLink, frame: Frame, bulk: bool = False, then: Callable[[], None] | None = None) -> None:
         """Send, or queue and go on in `poll`. A broken link is not an error here: `poll` reports its end."""
         try:
-            link.send(frame)
+            link.send(frame, bulk, then)
         except LinkError:
             return
         self._is_news |= link.shared

@@ -1,25 +1,17 @@
-"""Shared buffers, and the flat layout of a model in them.
-
-Buffers are anonymous (memfd): they have no name to guess and vanish with the last process that holds them. A model is
-laid out as one float32 vector: its parameters, then its floating-point buffers (such as BatchNorm's statistics), then
-its integer buffers. Each tensor starts on a 64-byte boundary, since kernels may round differently on unaligned memory.
-"""
+"""Shared buffers, and a model's vectors in them. Buffers are anonymous (memfd): they have no name to guess and vanish
+with the last process that holds them."""
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT_BYTES = 64
+from distrain.exchange.layout import Layout, views
+
 _FLOAT_BYTES = 4
-_INT_BYTES = 8
 
 
 class SharedBuffer:
@@ -57,89 +49,11 @@ class SharedBuffer:
             self.fd = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of the model. `start` counts float32 values from the vector's beginning."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    start_int: int = -1  # integer buffers: where the exact value lies among the published integers
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each tensor of a model lies in its flat vector.
-
-    A pushed vector has `num_floats` float32 values: gradients, then the changes of the buffers. The published one has
-    the values themselves, followed by the integer buffers as int64, since float32 counts exactly only to 2**24.
-    """
-
-    parameters: tuple[Entry, ...]
-    float_buffers: tuple[Entry, ...]
-    int_buffers: tuple[Entry, ...]
-    num_gradients: int
-    num_floats: int
-    num_ints: int
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Layout:
-        """Lay out a model. Parameters and floating-point buffers must be float32 (checked when it was built)."""
-        position = 0
-
-        def place(named: Iterable[tuple[str, Tensor]], first_int: int | None = None) -> tuple[Entry, ...]:
-            nonlocal position
-            entries: list[Entry] = []
-            next_int = first_int
-            for name, tensor in named:
-                entries.append(
-                    Entry(name, tuple(tensor.shape), position, tensor.numel(), -1 if next_int is None else next_int)
-                )
-                if next_int is not None:
-                    next_int += tensor.numel()
-                unit = ALIGNMENT_BYTES // _FLOAT_BYTES
-                position += -(-tensor.numel() // unit) * unit
-            return tuple(entries)
-
-        parameters = place(model.named_parameters())
-        num_gradients = position
-        buffers = list(model.named_buffers())
-        float_buffers = place((name, b) for name, b in buffers if b.is_floating_point())
-        integers = [(name, b) for name, b in buffers if not b.is_floating_point()]
-        int_buffers = place(integers, 0)
-        return cls(parameters, float_buffers, int_buffers, num_gradients, position, sum(b.numel() for _, b in integers))
-
-    @cached_property
-    def digest(self) -> str:
-        """Fingerprint of names, shapes and places: worker and server must agree on it."""
-        return hashlib.sha256(repr((self.parameters, self.float_buffers, self.int_buffers)).encode()).hexdigest()
-
-    @property
-    def has_buffers(self) -> bool:
-        return bool(self.float_buffers or self.int_buffers)
-
-    @property
-    def vector_bytes(self) -> int:
-        """Bytes of a pushed vector."""
-        return self.num_floats * _FLOAT_BYTES
-
-    @property
-    def published_bytes(self) -> int:
-        """Bytes of the published vector with its integers."""
-        return self.vector_bytes + self.num_ints * _INT_BYTES
-
-
-def views(vector: Tensor, entries: Iterable[Entry]) -> list[Tensor]:
-    """Each entry's part of a flat float32 vector, in the tensor's own shape."""
-    return [vector[e.start : e.start + e.numel].view(e.shape) for e in entries]
-
-
 class Published:
     """The published vector of a layout: parameters and buffers as everybody reads them.
 
-    Lives in a SharedBuffer, mapped by the server and by every worker of its host; a worker on another host has one of
-    its own, which frames fill.
+    Lives in a SharedBuffer, mapped by the server, or a host's relay, and by every worker of that host; a worker without
+    either on its host has one of its own, which frames fill.
     """
 
     def __init__(self, layout: Layout, fd: int | None = None) -> None:
@@ -179,13 +93,19 @@ class Published:
         """The integer buffers' exact values, each in its own shape."""
         return [self.ints[e.start_int : e.start_int + e.numel].view(e.shape) for e in self.layout.int_buffers]
 
+    def named(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by its name, as views."""
+        layout = self.layout
+        floats = (*layout.parameters, *layout.float_buffers)
+        named = {entry.name: view for entry, view in zip(floats, views(self.floats, floats), strict=True)}
+        integers = zip(layout.int_buffers, self.int_views(), strict=True)
+        return {**named, **{entry.name: view for entry, view in integers}}
+
     def store_buffers(self, model: nn.Module) -> None:
         """Publish the values of the model's buffers."""
-        named = dict(model.named_buffers())
-        for entry, view in zip(self.layout.float_buffers, views(self.floats, self.layout.float_buffers), strict=True):
-            view.copy_(named[entry.name])
-        for entry, view in zip(self.layout.int_buffers, self.int_views(), strict=True):
-            view.copy_(named[entry.name])
+        named = self.named()
+        for name, buffer in model.named_buffers():
+            named[name].copy_(buffer)
 
 
 class PushSlots:

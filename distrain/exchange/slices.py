@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-from distrain.exchange.memory import Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Values [start, stop) of the flat vector: whole tensors, one after the other."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+from distrain.exchange.layout import Layout, Span
 
 
 def extents(layout: Layout) -> list[int]:
-    """How many values of the vector each parameter takes, its padding included."""
-    starts = [entry.start for entry in layout.parameters] + [layout.num_gradients]
+    """How many values each parameter takes, its padding included, from the vector's left."""
+    starts = [*sorted(entry.start for entry in layout.parameters), layout.num_gradients]
     return [stop - start for start, stop in pairwise(starts)]
 
 
@@ -36,7 +24,7 @@ def cut(layout: Layout, num_slices: int) -> tuple[Span, ...]:
     if num_slices > max(1, len(sizes)):
         raise ValueError(f"a model of {len(sizes)} parameter tensors cannot be cut into {num_slices} slices")
     if num_slices == 1:
-        return (Span(0, layout.num_floats),)
+        return (layout.whole,)
     sizes[-1] += layout.num_floats - layout.num_gradients
     low, high = max(sizes), sum(sizes)
     while low < high:

@@ -10,26 +10,19 @@ them. The model's buffers, such as BatchNorm's statistics, are few, and travel a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from distrain.exchange.memory import Layout, Published
+from distrain.exchange.layout import Layout, Span
+from distrain.exchange.memory import Published
 from distrain.exchange.pool import Pool
 from distrain.exchange.rounding import Dither
-from distrain.exchange.slices import Span
-from distrain.reduction import Block, Finish, Partial
+from distrain.reduction import Block, Finish
 
 WireDtype = Literal["fp32", "bf16"]
 _FLOAT_BYTES, _HALF_BYTES = 4, 2
-
-
-class Carrier(Protocol):
-    """A link, as far as it matters here."""
-
-    @property
-    def sending(self) -> bool: ...
 
 
 class Wire:
@@ -48,17 +41,19 @@ class Wire:
         is the place in the whole vector of the first value of the nodes'."""
         return None
 
-    def sum_bytes(self, span: Span) -> int:
-        """The size of a sum over a span."""
-        return _FLOAT_BYTES * len(span)
+    def pack_sum(self, vector: Tensor, piece: Span) -> Any:
+        """A piece of a whole summed vector, bytes-like, to be sent, and then given to `sent`."""
+        return vector[piece.start : piece.stop].numpy()
 
-    def pack_sum(self, vector: Tensor, span: Span, link: Carrier) -> Any:
-        """A span of a whole summed vector, bytes-like, to be sent on this link."""
-        return vector[span.start : span.stop].numpy()
+    def sent(self, payload: Any) -> None:
+        """What `pack_sum` gave is sent."""
 
-    def unpack_sum(self, payload: memoryview, span: Span) -> tuple[Tensor, memoryview]:
-        """The float32 values of a span that came in memory of `pool`, and the memory to give back after use."""
-        return torch.frombuffer(payload, dtype=torch.float32), payload
+    def sum_place(self, memory: memoryview, span: Span, piece: Span) -> memoryview:
+        """Where a piece of a sum is to be received, whose float32 values over a span come to lie in `memory`."""
+        return memory[_FLOAT_BYTES * (piece.start - span.start) : _FLOAT_BYTES * (piece.stop - span.start)]
+
+    def unpack_sum(self, payload: memoryview, memory: memoryview, span: Span, piece: Span) -> None:
+        """Bring the values of a piece that was received there into `memory`."""
 
     # Parameters
 
@@ -82,64 +77,63 @@ class RoundedWire(Wire):
         super().__init__(layout)
         self._dither = Dither()
         self._images: dict[Published, bytearray] = {}
-        self._sent: list[tuple[Carrier, memoryview]] = []
 
     def rounding(self, step: int, start: int = 0) -> Finish | None:
-        def finish(block: Block, part: Partial) -> None:
-            self._dither.round_(part.vector[: max(0, self._layout.num_gradients - start)], step, block, start)
+        def finish(block: Block, values: Tensor, first: int) -> None:
+            place = start + first
+            self._dither.round_(values[: max(0, self._layout.num_gradients - place)], step, block, place)
 
         return finish
 
-    def sum_bytes(self, span: Span) -> int:
-        halves = self._num_halves(span)
-        return _HALF_BYTES * halves + _FLOAT_BYTES * (len(span) - halves)
-
-    def pack_sum(self, vector: Tensor, span: Span, link: Carrier) -> Any:
-        for sent in [sent for sent in self._sent if not sent[0].sending]:
-            self._sent.remove(sent)
-            self.pool.give(sent[1])
-        payload = self.pool.take(self.sum_bytes(span))
-        self._sent.append((link, payload))
-        halves, rest = self._split(payload, span)
-        halves.copy_(vector[span.start : span.start + len(halves)])
-        rest.copy_(vector[span.stop - len(rest) : span.stop])
+    def pack_sum(self, vector: Tensor, piece: Span) -> Any:
+        payload = self.pool.take(self._sum_bytes(piece))
+        halves, rest = self._split(payload, piece)
+        halves.copy_(vector[piece.start : piece.start + len(halves)])
+        rest.copy_(vector[piece.stop - len(rest) : piece.stop])
         return payload
 
-    def unpack_sum(self, payload: memoryview, span: Span) -> tuple[Tensor, memoryview]:
-        memory = self.pool.take(_FLOAT_BYTES * len(span))
-        vector = torch.frombuffer(memory, dtype=torch.float32)
-        halves, rest = self._split(payload, span)
+    def sent(self, payload: memoryview) -> None:
+        self.pool.give(payload)
+
+    def sum_place(self, memory: memoryview, span: Span, piece: Span) -> memoryview:
+        return self.pool.take(self._sum_bytes(piece))
+
+    def unpack_sum(self, payload: memoryview, memory: memoryview, span: Span, piece: Span) -> None:
+        vector = _tensor(memory, torch.float32, _FLOAT_BYTES * (piece.start - span.start), len(piece))
+        halves, rest = self._split(payload, piece)
         vector[: len(halves)].copy_(halves)
         vector[len(halves) :].copy_(rest)
         self.pool.give(payload)
-        return vector, memory
 
     def round_parameters(self, published: Published, span: Span) -> None:
         halves, values = self._halves(published, span)
         halves.copy_(values)
         values.copy_(halves)
-        if span.stop == self._layout.num_floats:
-            self._tail_of_image(published)[:] = self._tail(published)
+        tail = self._tail(span)
+        self._in_image(published, tail)[:] = published.span_bytes(tail.start, tail.stop)
 
     def parameters(self, published: Published, span: Span) -> memoryview:
-        image = memoryview(self._image(published))
-        start = _HALF_BYTES * min(span.start, self._layout.num_gradients)
-        return image[start:] if span.stop == self._layout.num_floats else image[start : _HALF_BYTES * span.stop]
+        return self._in_image(published, span)
 
     def unpack_parameters(self, published: Published, span: Span) -> None:
         halves, values = self._halves(published, span)
         values.copy_(halves)
-        if span.stop == self._layout.num_floats:
-            self._tail(published)[:] = self._tail_of_image(published)
+        tail = self._tail(span)
+        published.span_bytes(tail.start, tail.stop)[:] = self._in_image(published, tail)
+
+    def _sum_bytes(self, piece: Span) -> int:
+        """The size of a piece of a sum."""
+        halves = self._num_halves(piece)
+        return _HALF_BYTES * halves + _FLOAT_BYTES * (len(piece) - halves)
 
     def _num_halves(self, span: Span) -> int:
         """How many values of a span are gradients or parameters."""
         return max(0, min(span.stop, self._layout.num_gradients) - span.start)
 
-    def _split(self, payload: memoryview, span: Span) -> tuple[Tensor, Tensor]:
-        """The bfloat16 and the float32 values of a sum over a span."""
-        count = self._num_halves(span)
-        rest = len(span) - count
+    def _split(self, payload: memoryview, piece: Span) -> tuple[Tensor, Tensor]:
+        """The bfloat16 and the float32 values of a piece of a sum."""
+        count = self._num_halves(piece)
+        rest = len(piece) - count
         return _tensor(payload, torch.bfloat16, 0, count), _tensor(payload, torch.float32, _HALF_BYTES * count, rest)
 
     def _image(self, published: Published) -> bytearray:
@@ -155,11 +149,18 @@ class RoundedWire(Wire):
         halves = _tensor(self._image(published), torch.bfloat16, _HALF_BYTES * span.start, count)
         return halves, published.floats[span.start : span.start + count]
 
-    def _tail(self, published: Published) -> memoryview:
-        return published.bytes()[_FLOAT_BYTES * self._layout.num_gradients :]
+    def _tail(self, span: Span) -> Span:
+        """The values of a span that are the model's buffers, and travel as they are."""
+        return Span(max(span.start, self._layout.num_gradients), max(span.stop, self._layout.num_gradients))
 
-    def _tail_of_image(self, published: Published) -> memoryview:
-        return memoryview(self._image(published))[_HALF_BYTES * self._layout.num_gradients :]
+    def _in_image(self, published: Published, span: Span) -> memoryview:
+        """A span of an image; where it is the vector's last, its integers come along."""
+        start, stop = (
+            _HALF_BYTES * value + (_FLOAT_BYTES - _HALF_BYTES) * max(0, value - self._layout.num_gradients)
+            for value in (span.start, span.stop)
+        )
+        image = memoryview(self._image(published))
+        return image[start:] if span.stop == self._layout.num_floats else image[start:stop]
 
 
 def _tensor(memory: memoryview | bytearray, dtype: torch.dtype, start_byte: int, count: int) -> Tensor:

@@ -16,7 +16,8 @@ from distrain.config import GradientNoiseConfig
 
 
 class GradientNoise:
-    """Draws depend on (seed, step) alone: they are the same at any worker count, and after a resume."""
+    """Draws depend on seed, step and tensor alone: they are the same at any number of workers and slices, and after a
+    resume."""
 
     def __init__(self, config: GradientNoiseConfig, seed: int) -> None:
         self._config, self._seed = config, seed
@@ -26,8 +27,10 @@ class GradientNoise:
         """sigma_t, for update `step` counted from 0."""
         return float((self._config.eta / (1 + step) ** self._config.gamma) ** 0.5)
 
-    def add_(self, gradients: Tensor, step: int) -> None:
-        """Add the noise of update `step`, counted from 0, to a flat float32 gradient, in place."""
-        digest = hashlib.blake2b(struct.pack("<qq", self._seed, step), digest_size=8, person=b"gradient noise").digest()
+    def add_(self, gradient: Tensor, step: int, tensor: int) -> None:
+        """Add the noise of update `step`, counted from 0, to the float32 gradient of the model's parameter number
+        `tensor`, in place."""
+        drawn_for = struct.pack("<qqq", self._seed, step, tensor)
+        digest = hashlib.blake2b(drawn_for, digest_size=8, person=b"gradient noise").digest()
         self._generator.manual_seed(int.from_bytes(digest, "little", signed=True))
-        gradients.add_(torch.randn(gradients.shape, generator=self._generator), alpha=self.deviation(step))
+        gradient.add_(torch.randn(gradient.shape, generator=self._generator), alpha=self.deviation(step))

@@ -4,18 +4,20 @@ Morales-Brotons et al. 2024, "Exponential Moving Average of Weights in Deep Lear
 from __future__ import annotations
 
 from distrain.config import AveragingConfig
-from distrain.exchange.memory import Layout, Published
+from distrain.exchange.layout import Layout, Span
+from distrain.exchange.memory import Published
 
 
 class AveragedWeights:
-    """The moving average of a published vector: parameters and floating-point buffers; counters are the current ones.
+    """The moving average of a span of a published vector: parameters and floating-point buffers; counters are the
+    current ones. What is outside the span comes from the other slices' servers.
 
     After update n (from 1) the average moves by 1 - d of its distance to the weights, d = min(decay, (1 + n) / (10 +
     n)), so that the first weights do not weigh on it for long (tf.train.ExponentialMovingAverage's `num_updates`).
     """
 
-    def __init__(self, layout: Layout, current: Published, config: AveragingConfig) -> None:
-        self._current, self._decay = current, config.decay
+    def __init__(self, layout: Layout, span: Span, current: Published, config: AveragingConfig) -> None:
+        self._span, self._current, self._decay = slice(span.start, span.stop), current, config.decay
         self.published = Published(layout)
         self.published.copy_from(current)
 
@@ -25,5 +27,5 @@ class AveragedWeights:
 
     def update(self, step: int) -> None:
         """Take in the weights after update `step`, counted from 1."""
-        self.published.floats.lerp_(self._current.floats, 1.0 - self.decay(step))
+        self.published.floats[self._span].lerp_(self._current.floats[self._span], 1.0 - self.decay(step))
         self.published.ints.copy_(self._current.ints)

@@ -37,11 +37,8 @@ class Norm:
 
 
 def total_norm(squares: Iterable[float]) -> float:
-    """The norm of all pieces together, added up in their order."""
-    total = 0.0
-    for square in squares:
-        total += square
-    return math.sqrt(total)
+    """The norm of all pieces together. Their squares are added up exactly, so that their order does not matter."""
+    return math.sqrt(math.fsum(squares))
 
 
 def global_norm(gradients: Tensor) -> float:

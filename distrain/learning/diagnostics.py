@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from distrain.exchange.memory import Entry, Layout
+from distrain.exchange.layout import Entry, Layout
 from distrain.learning.optimizers import NORMALIZATIONS
 from distrain.records import LayerLook
 

@@ -12,22 +12,26 @@ import json
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from distrain.errors import LinkError, ServerLost, TrainingError
-from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers, pushes_digest
-from distrain.exchange.slices import Span, cut
+from distrain.exchange.host_sums import HostSums
+from distrain.exchange.layout import Span
+from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers
+from distrain.exchange.slices import cut
 from distrain.exchange.state import pack_state, unpack_state
+from distrain.exchange.sums import Incoming, partial_of, send_parameters, withdraw_parameters
 from distrain.learning.optimizer_state import merge_optimizers, optimizer_of, pack_optimizer, unpack_optimizer
-from distrain.reduction import Block, Partial, TreeSum
+from distrain.reduction import Block
 from distrain.server.members import Batch, Host
 from distrain.server.parameter_server import ParameterServer
 
 _POLL_SECONDS = 0.25
-OPTIMIZER, PARAMETERS = 0, 1  # what COLLECT asks for: its `slot`
+OPTIMIZER, PARAMETERS, AVERAGED = 0, 1, 2  # what COLLECT asks for: its `slot`
 
 Settled = Callable[[Host, int, Batch], None]
 """Told when all owners have the sums of a batch of this round."""
@@ -45,10 +49,10 @@ class Hosts:
         window: int,
         timeout_s: float,
         settled: Settled,
-        is_open: Callable[[int], bool],
+        open_rounds: Collection[int],
     ) -> None:
         self._server, self._hub, self._window, self._timeout_s = server, hub, window, timeout_s
-        self._settled, self._is_open = settled, is_open
+        self._settled, self._open = settled, open_rounds
         self._wire = server.wire
         self._spans = cut(server.layout, num_slices)
         assert server.span == self._spans[-1]
@@ -57,15 +61,19 @@ class Hosts:
             server.share = self._share
         self.local = Host(0, None, self._own) if num_slices > 1 else None
         self._owners: dict[int, Host] = {}  # by slice, without the server's own
+        self._links: dict[int, SocketLink] = {}  # to them
+        self.local_sums = HostSums(
+            server.layout, self._wire, hub, num_slices, self._own, self._links, self._keep, window
+        )
         self._by_link: dict[SocketLink, Host] = {}
         self._by_number: dict[int, Host] = {} if self.local is None else {0: self.local}
         self._numbers = 0
         self._stash: deque[tuple[SocketLink, Frame | LinkError]] = deque()
-        self._lent: dict[int, list[memoryview]] = {}  # by round
+        self._incoming = Incoming(self._wire, server.span)
         self._sums: dict[int, list[tuple[int, int, int]]] = {}  # by round: (host, first place, stop) that count
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
         self._step = 0
-        self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any], dict[str, Any]] | None = None
+        self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
     @property
     def all(self) -> list[Host]:
@@ -103,22 +111,19 @@ class Hosts:
         address = tuple(hello["tcp"]) if hello["tcp"] else None
         host = Host(self._numbers, link, hello["slice"], address)
         self._by_link[link] = self._by_number[host.number] = host
+        self._server.publish = self._send_parameters
         link.sink = self._place
         versions = len(self._server.readable)
         about = json.dumps({"host": host.number}).encode()
         self._hub.send(link, Frame(Kind.WELCOME, slot=self._window, version=versions, payload=about))
         if host.slice is not None:
-            self._owners[host.slice] = host
+            self._owners[host.slice], self._links[host.slice] = host, link
             host.published = self._step
             self._hub.send(link, Frame(Kind.STATE, step=self._step, payload=self._state_for(host.slice)))
         for version, read in self._updates().items():
             whole = host.slice is not None  # an owner comes before the first step
             span = self._server.span
-            payload = self._wire.parameters(self._server.readable[version], Span(0 if whole else span.start, span.stop))
-            first, stop = (0 if whole else self._own), self._own + 1
-            self._hub.send(
-                link, Frame(Kind.PUBLISH, first=first, stop=stop, version=version, read=read, payload=payload)
-            )
+            self._send(version, read, Span(0 if whole else span.start, span.stop), [link])
         if len(self._owners) == self._own:
             for each in [host] if host.slice is None else list(self._by_link.values()):
                 self._send_roster(each)
@@ -128,12 +133,18 @@ class Hosts:
         """Tell a relay where the owners listen, once there are all of them."""
         roster = [[owner.slice, *(owner.address or ())] for owner in self._owners.values() if owner is not host]
         assert host.link is not None
-        self._hub.send(host.link, Frame(Kind.ROSTER, payload=json.dumps({"owners": roster}).encode()))
+        frame = Frame(Kind.ROSTER, payload=json.dumps({"owners": roster}).encode())
+        self._hub.send(host.link, frame, bulk=True)  # behind the parameters that it begins with
 
     def lose(self, link: SocketLink, cause: str) -> Host:
         """A relay is gone. Raises ServerLost when it owned a slice."""
         host = self._by_link.pop(link)
         del self._by_number[host.number]
+        self._incoming.lose(host.number)
+        for round_, early in self._early.items():
+            self._early[round_] = [each for each in early if each[1] is not host]
+        if not self._by_link:
+            self._server.publish = None
         if host.slice is not None:
             raise ServerLost(f"the server of slice {host.slice} is lost: {cause}")
         return host
@@ -145,30 +156,25 @@ class Hosts:
 
     # Sums
 
-    def combine(self, host: Host, round_: int, step: int, count: int) -> None:
-        """Have a host add up what counts of its workers' pushes in a round of `count` places, for a step, and send the
-        sums."""
+    def combine(self, host: Host, round_: int) -> None:
+        """Tell a host which of its workers' pushes count in a round: it sends their sums, as far as it has not yet."""
         pushes = host.accepted.pop(round_)
         places = sum(p.block.stop - p.block.first for p in pushes)
+        rows = [p.row for p in pushes]
         batch = Batch(pushes, time.monotonic(), dict.fromkeys(range(self._own + 1), places))
         host.batches.setdefault(round_, []).append(batch)
         if host.link is not None:
-            rows = pack_integers(p.row for p in pushes)
-            self._hub.send(host.link, Frame(Kind.COMBINE, round_, step, samples=count, payload=rows))
-            for slice_, sender, frame in self._early.pop(round_, []):
-                self._has(slice_, sender, frame)
-            return
-        tree = TreeSum(count, self._wire.rounding(step))
-        for p in pushes:
-            tree.put(p.block, p.part)
-        for block, part in tree:
-            digest = pushes_digest(p.row for p in pushes if block.first <= p.block.first < block.stop)
-            for slice_, owner in self._owners.items():
-                assert owner.link is not None
-                payload = self._wire.pack_sum(part.vector, self._spans[slice_], owner.link)
-                self._hub.send(owner.link, sum_frame(round_, host.number, block, digest, part, payload))
-            self._mine(batch, block, part, part.vector[self._server.span.start :])
-            self._arrived(self._own, host, round_, batch, block)
+            self._hub.send(host.link, Frame(Kind.COMBINE, round_, payload=pack_integers(rows)))
+        else:
+            self.local_sums.combine(round_, rows)
+        for slice_, sender, frame in self._early.pop(round_, []):
+            self._has(slice_, sender, frame)
+
+    def _keep(self, what: Frame, vector: Tensor) -> None:
+        """The server's own host has a sum over the server's slice."""
+        assert self.local is not None
+        self._incoming.keep(what, vector)
+        self._has(self._own, self.local, what)
 
     def note(self, host: Host, frame: Frame) -> bool:
         """Take what a relay says on its own account. Whether it was that, and not a worker's word."""
@@ -180,8 +186,14 @@ class Hosts:
             case Kind.STATE:
                 host.state = frame.payload
             case Kind.PUBLISH:
-                self._wire.unpack_parameters(self._server.published[frame.version], self._spans[frame.first])
-                host.published = frame.read
+                span = Span(frame.first, frame.stop)
+                self._wire.unpack_parameters(self._server.published[frame.version], span)
+                if host.slice is not None and span.stop == self._spans[host.slice].stop:
+                    host.published = frame.read
+            case Kind.PIECE:
+                self._incoming.take(frame)
+            case Kind.VOID:
+                self._incoming.drop(frame)
             case Kind.SUM:
                 self._has(self._own, host, frame)
             case Kind.ARRIVED:
@@ -197,23 +209,19 @@ class Hosts:
         that host's pushes count, and be of others."""
         block = Block(frame.first, frame.stop)
         batch = next((batch for batch in host.batches.get(frame.round, []) if batch.has(block, frame.read)), None)
-        if batch is None and self._is_open(frame.round):
+        if batch is None and frame.round in self._open:
             self._early.setdefault(frame.round, []).append((slice_, host, frame))
         elif batch is None or (slice_, block) in batch.came:
-            self._give_back(frame)
+            self._refuse(frame)
         else:
             if frame.kind is Kind.SUM:
-                vector, memory = self._wire.unpack_sum(frame.payload, self._server.span)
-                self._lent.setdefault(frame.round, []).append(memory)
-                self._mine(batch, block, partial_of(frame), vector)
+                batch.parts.append((block, replace(partial_of(frame), vector=self._incoming.whole(frame))))
             self._arrived(slice_, host, frame.round, batch, block)
 
-    def _give_back(self, frame: Frame) -> None:
+    def _refuse(self, frame: Frame) -> None:
+        """A sum does not count. Where it is another owner's that is there, ours may still be coming."""
         if frame.kind is Kind.SUM:
-            self._wire.pool.give(frame.payload)
-
-    def _mine(self, batch: Batch, block: Block, part: Partial, vector: Tensor) -> None:
-        batch.parts.append((block, Partial(vector, part.samples, part.loss, part.weight, squares=part.squares)))
+            self._incoming.drop(frame)
 
     def _arrived(self, slice_: int, host: Host, round_: int, batch: Batch, block: Block) -> None:
         batch.came.add((slice_, block))
@@ -227,10 +235,10 @@ class Hosts:
 
     def _place(self, frame: Frame) -> memoryview | None:
         """Where a relay's payload goes."""
-        if frame.kind is Kind.SUM:
-            return self._wire.pool.take(self._wire.sum_bytes(self._server.span))
+        if frame.kind is Kind.PIECE:
+            return self._incoming.place(frame)
         if frame.kind is Kind.PUBLISH:
-            return self._wire.parameters(self._server.published[frame.version], self._spans[frame.first])
+            return self._wire.parameters(self._server.published[frame.version], Span(frame.first, frame.stop))
         return None
 
     def overdue(self) -> SocketLink | None:
@@ -247,41 +255,46 @@ class Hosts:
     def forget(self, round_: int) -> None:
         """A round is over and applied: its buffers are free."""
         self._sums.pop(round_, None)
-        for payload in self._lent.pop(round_, []):
-            self._wire.pool.give(payload)
-        for number in [number for number in self._early if not self._is_open(number)]:
+        self._incoming.forget(lambda number: number == round_)
+        for number in [number for number in self._early if number not in self._open]:
             for _, _, frame in self._early.pop(number):
-                self._give_back(frame)
+                self._refuse(frame)
 
     # Updates
 
-    def apply(self, round_: int, count: int, step: int) -> None:
-        """Have the other owners apply a round of `count` places as update `step`, before the server does."""
+    def apply(self, round_: int, count: int, step: int, scale: float) -> None:
+        """Have the other owners apply a round of `count` places, computed with this loss scale, as update `step`,
+        before the server does."""
         rows = pack_integers(self._sums.get(round_, []))
+        oldest = min(self._open, default=round_ + 1)
         for owner in self._owners.values():
             assert owner.link is not None
-            self._hub.send(owner.link, Frame(Kind.APPLY, round_, step, samples=count, payload=rows))
-
-    def publish(self, step: int) -> None:
-        """Send the parameters after update `step` to the other hosts, and wait for those of the other slices."""
-        self._step = step
-        version = step % len(self._server.published)
-        payload = self._wire.parameters(self._server.published[version], self._server.span)
-        for link in self._by_link:
-            frame = Frame(
-                Kind.PUBLISH, first=self._own, stop=self._own + 1, version=version, read=step, payload=payload
+            self._hub.send(
+                owner.link, Frame(Kind.APPLY, round_, step, read=oldest, samples=count, loss=scale, payload=rows)
             )
-            self._hub.send(link, frame)
+
+    def _send_parameters(self, step: int, span: Span) -> None:
+        """Send parameters after update `step` to the other hosts."""
+        version = self._server.version(step, is_validation=False)
+        if span.start == self._server.span.start:
+            withdraw_parameters(version, self._by_link)
+        self._send(version, step, span, list(self._by_link))
+
+    def _send(self, version: int, read: int, span: Span, links: Sequence[SocketLink]) -> None:
+        send_parameters(self._hub, self._wire, self._server.readable[version], version, read, span, links)
+
+    def finish_update(self, step: int) -> None:
+        """Wait for the other slices' parameters after update `step`."""
+        self._step = step
         self._await(lambda owner: owner.published == step)
 
     def publish_averaged(self) -> None:
-        """Send the averaged weights to the other hosts, before a validation reads them. (There is one slice then.)"""
+        """Send the averaged weights of all slices to the other hosts, before a validation reads them."""
+        if not self._server.averages:
+            return
+        self._take_averaged()
         version = len(self._server.published)
-        for averaged in self._server.readable[version:]:
-            payload = self._wire.parameters(averaged, self._server.span)
-            for link in self._by_link:
-                frame = Frame(Kind.PUBLISH, stop=1, version=version, read=self._step, payload=payload)
-                self._hub.send(link, frame)
+        self._send(version, self._step, Span(0, self._server.span.stop), list(self._by_link))
 
     def _share(self, values: list[float]) -> list[float]:
         """The values of all slices, in order; the server's own are the last."""
@@ -324,13 +337,23 @@ class Hosts:
         return merge_optimizers([mine, *self._collect(OPTIMIZER).values()])
 
     def take_parameters(self, step: int) -> None:
-        """Bring the other slices' parameters after update `step` into the model, before it is saved or evaluated."""
+        """Bring the other slices' parameters after update `step` into the model, before it is saved or evaluated, and
+        their averages."""
+        if self._server.averages:
+            self._take_averaged()
         if not self._wire.rounds:
             self._server.take_others(step)
             return
         for slice_, (tensors, _) in self._collect(PARAMETERS).items():
             span = self._spans[slice_]
             self._server.current.floats[span.start : span.stop] = tensors["current"]
+
+    def _take_averaged(self) -> None:
+        """Bring the other slices' averages here."""
+        averaged = self._server.readable[-1].floats
+        for slice_, (tensors, _) in self._collect(AVERAGED).items():
+            span = self._spans[slice_]
+            averaged[span.start : span.stop] = tensors["averaged"]
 
     def _collect(self, what: int) -> dict[int, tuple[dict[str, Tensor], Any]]:
         """What the other owners have of this, by slice."""
@@ -341,12 +364,10 @@ class Hosts:
         self._await(lambda owner: owner.state is not None)
         return {slice_: unpack_state(owner.state) for slice_, owner in self._owners.items()}
 
-    def unpack_optimizer(
-        self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], schedule: dict[str, Any]
-    ) -> None:
+    def unpack_optimizer(self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Go on from such a state, after update `step`: here, and with owners once they join."""
         self._step = step
-        self._restored = (tensors, scalars, schedule) if self.is_sliced else None
+        self._restored = (tensors, scalars) if self.is_sliced else None
         mine = optimizer_of(self._server.indices_in(self._server.span), tensors, scalars)
         unpack_optimizer(self._server.optimizer, *mine)
 
@@ -356,9 +377,9 @@ class Hosts:
         current = {"current": self._server.current.floats[span.start : span.stop]}
         if self._restored is None:
             return pack_state(current, {})
-        tensors, scalars, schedule = self._restored
+        tensors, scalars = self._restored
         kept, part = optimizer_of(self._server.indices_in(span), tensors, scalars)
-        return pack_state({**kept, **current}, {"optimizer": part, "schedule": schedule})
+        return pack_state({**kept, **current}, {"optimizer": part, "server": self._server.state_dict()})
 
     def _updates(self) -> dict[int, int]:
         """Which update's parameters each vector that workers may read holds."""
@@ -366,25 +387,3 @@ class Hosts:
         reads = {version: self._step - (self._step - version) % count for version in range(count)}
         reads.update(dict.fromkeys(range(count, len(self._server.readable)), self._step))  # averaged ones
         return {version: read for version, read in reads.items() if read >= 0}
-
-
-def sum_frame(round_: int, host: int, block: Block, digest: int, part: Partial, payload: Any) -> Frame:
-    """A host's sum over a block of places, of pushes of this digest, as the owner of a slice gets it."""
-    return Frame(
-        Kind.SUM,
-        round_,
-        first=block.first,
-        stop=block.stop,
-        slot=host,
-        read=digest,
-        samples=part.samples,
-        loss=part.loss,
-        weight=part.weight,
-        squares=part.squares,
-        payload=payload,
-    )
-
-
-def partial_of(frame: Frame) -> Partial:
-    """What a push or sum says beside its vector."""
-    return Partial(None, frame.samples, frame.loss, frame.weight, squares=frame.squares)

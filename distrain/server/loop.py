@@ -161,14 +161,12 @@ class Loop:
         self.step = step
         self._last_snapshot = step
         self._server.restore(step, model, optimizer)
-        self._hosts.unpack_optimizer(step, optimizer, state["optimizer"], state["schedule"])
-        self._server.schedule.load_state_dict(state["schedule"])
+        self._server.load_state_dict(state)
+        self._hosts.unpack_optimizer(step, optimizer, state["optimizer"])
         self._stopping.load_state_dict(state["stopping"])
         self._agenda.load_state_dict(state["agenda"])
         self._symptoms.load_state_dict(state.get("symptoms", {}))
         self._skipping.load_state_dict(state.get("skipped", {}))
-        if self._server.loss_scale is not None and state.get("loss_scale") is not None:
-            self._server.loss_scale.load_state_dict(state["loss_scale"])
         self._validation = dict(state["validation"])
         self._last_loss = state["train_loss"] if state["train_loss"] is not None else math.nan
 
@@ -334,15 +332,15 @@ class Loop:
 
     def _apply(self, round_: Round, watch: LayerWatch | None, lag: int) -> tuple[Update, tuple[Partial, ...]]:
         """Apply what a round gave. Where all of it was skipped, the parameters stay as they are."""
-        parts = round_.tree.fold()
-        self._hosts.apply(round_.number, len(round_.microbatches), self.step + 1)
+        parts = round_.tree.halves()
+        self._hosts.apply(round_.number, len(round_.microbatches), self.step + 1, round_.scale)
         try:
             if round_.skipped and not any(part.samples for part in parts):
                 update = self._server.skip(self.step + 1)
             else:
                 read = round_.owner.own if self._settings.asynchronous and round_.owner is not None else None
-                update = self._server.apply(parts, self.step + 1, read, round_.scale, watch, lag)
-            self._hosts.publish(self.step + 1)
+                update = self._server.apply(parts, self.step + 1, read, round_.scale, watch, lag, round_.tree.late)
+            self._hosts.finish_update(self.step + 1)
         finally:
             self._hosts.forget(round_.number)
         return update, parts
@@ -457,11 +455,10 @@ class Loop:
         tensors, scalars = self._hosts.pack_optimizer()
         state = {
             "optimizer": scalars,
-            "schedule": self._server.schedule.state_dict(),
+            **self._server.state_dict(),
             "stopping": self._stopping.state_dict(),
             "agenda": self._agenda.state_dict(),
             "skipped": self._skipping.state_dict(),
-            "loss_scale": self._server.loss_scale.state_dict() if self._server.loss_scale is not None else None,
             "symptoms": self._symptoms.state_dict(),
             "validation": self._validation,
             "train_loss": self._last_loss if math.isfinite(self._last_loss) else None,

@@ -32,7 +32,6 @@ class Pushed:
     member: Member
     slot: int
     block: Block
-    part: Partial  # its vector is None on another host
 
     @property
     def row(self) -> tuple[int, int, int, int]:
@@ -70,7 +69,7 @@ class Host:
     slice: int | None = None  # that it owns
     address: tuple[str, int] | None = None  # where its relay listens for other hosts' relays
     is_ready: bool = False
-    accepted: dict[int, list[Pushed]] = field(default_factory=dict)  # by round: not yet added up
+    accepted: dict[int, list[Pushed]] = field(default_factory=dict)  # by round: count, but it was not told
     batches: dict[int, list[Batch]] = field(default_factory=dict)  # by round: on their way
     shared: Any = None  # payload of its last SHARE
     state: Any = None  # payload of its last STATE

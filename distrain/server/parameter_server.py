@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distrain.config import AveragingConfig, ClipConfig, OptimizerConfig, ScheduleConfig
 from distrain.errors import CheckpointError, DivergenceError, TrainingDataError
-from distrain.exchange.memory import Layout, Published, views
-from distrain.exchange.slices import Span, extents
+from distrain.exchange.layout import Layout, Span, views
+from distrain.exchange.memory import Published
+from distrain.exchange.slices import extents
 from distrain.exchange.wire import WIRES, WireDtype
 from distrain.learning.annealing import GradientNoise
 from distrain.learning.averaging import AveragedWeights
@@ -24,13 +26,16 @@ from distrain.learning.model_state import restore_model
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.penalties import Penalty
 from distrain.learning.schedules import build_schedule
-from distrain.reduction import Partial
+from distrain.reduction import Merge, Partial
 from distrain.server.loss_scale import LossScale
 
-_BLOCK = 262_144  # values averaged at a time, 1 MiB of each vector: smaller blocks cost calls, larger ones the cache
+BLOCK_FLOATS = 262_144  # averaged at a time, 1 MiB of each vector: smaller blocks cost calls, larger ones the cache
 
 Share = Callable[[list[float]], list[float]]
 """Gives a slice's values to the other slices' servers, and returns those of all slices, in order."""
+
+Publish = Callable[[int, Span], None]
+"""Told of each span of the published vector that holds the parameters after an update, as soon as it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class ParameterServer:
 
     With `span`, this server owns only that slice of the vector: it averages, clips and updates nothing else, and is
     given sums of that span. `share` then has to be set, since all slices are clipped by their common norm; the other
-    slices' parameters come into `published` from outside.
+    slices' parameters come into `published` from outside. Where `publish` is set, parameters are updated some at a
+    time, so that it can send the first while the next are computed.
 
     With `wire_dtype` bf16, what is published is rounded (see wire.py), and `current` is not.
     """
@@ -83,9 +89,9 @@ class ParameterServer:
         self.model = model
         self.layout = Layout.of(model)
         self.wire = WIRES[wire_dtype](self.layout)
-        self._whole = Span(0, self.layout.num_floats)
-        self.span = span or self._whole
+        self.span = span or self.layout.whole
         self.share: Share | None = None
+        self.publish: Publish | None = None
         self.current = Published(self.layout)
         self.current.adopt_parameters(model, copy_in=True)
         self.current.store_buffers(model)
@@ -93,18 +99,24 @@ class ParameterServer:
         self.published = [Published(self.layout) for _ in range(staleness + 1)] if apart else [self.current]
         if apart:
             self.published[0].copy_from(self.current)
-            self.wire.round_parameters(self.published[0], self._whole)
-        self._averaged = AveragedWeights(self.layout, self.current, averaging) if averaging is not None else None
+            self.wire.round_parameters(self.published[0], self.layout.whole)
+        self._averaged = (
+            AveragedWeights(self.layout, self.span, self.current, averaging) if averaging is not None else None
+        )
         self._delay_compensation, self._penalty, self._noise = delay_compensation, penalty, noise
         self.loss_scale = loss_scale
         self._mean = torch.zeros(self.layout.num_floats)
         gradients = Span(self.span.start, min(self.span.stop, self.layout.num_gradients))
         self._gradients = self._mean[gradients.start : gradients.stop]
-        for parameter, entry, view in zip(
-            model.parameters(), self.layout.parameters, views(self._mean, self.layout.parameters), strict=True
-        ):
-            if parameter.requires_grad and gradients.start <= entry.start < gradients.stop:
-                parameter.grad = view  # the optimizer passes over parameters that have none
+        self._trained: dict[int, Tensor] = {}  # the gradients of the span's parameters, by the parameter's number
+        self._parts: list[_Part] = []
+        parameters, views_of_mean = list(model.parameters()), views(self._mean, self.layout.parameters)
+        for part in self.layout.parts(self.span):
+            self._parts.append(_Part(part))
+            for number, entry in enumerate(self.layout.parameters):
+                if part.start <= entry.start < min(part.stop, gradients.stop) and parameters[number].requires_grad:
+                    parameters[number].grad = self._trained[number] = views_of_mean[number]
+                    self._parts[-1].trained.append((parameters[number], views_of_mean[number]))
         sizes = _piece_sizes(self.layout, gradients)
         self._norm = Norm(self._gradients.split(sizes))
         self._blocks = _blocks(self._mean[self.span.start : self.span.stop], sizes)
@@ -127,13 +139,16 @@ class ParameterServer:
         scale: float = 0.0,
         watch: LayerWatch | None = None,
         lag: int = 0,
+        late: Sequence[Merge] = (),
     ) -> Update:
         """Apply one step (number `step`, from 1), given the last two halves of the sum over all shards.
 
         `read` holds the parameters from which the gradient was computed; delay compensation needs them. `scale` is the
         loss scale that it was computed with. `watch` looks at the update. `lag` counts the updates between those
-        parameters and this one. Raises DivergenceError when loss or gradient
-        is not finite, but for a gradient that overflowed in fp16; parameters are then as they were.
+        parameters and this one. `late` is to be added up before the halves are read.
+
+        Raises DivergenceError when loss or gradient is not finite, but for a gradient that overflowed in fp16;
+        parameters are then as they were.
         """
         start = time.perf_counter()
         samples = sum(half.samples for half in halves)
@@ -143,7 +158,7 @@ class ParameterServer:
                 f"step {step}: the weights of its {samples} rows add up to 0, so it has no mean loss"
             )
         loss = sum(half.loss for half in halves) / weight
-        self._average([half.vector for half in halves], samples, weight)
+        self._average([half.vector for half in halves], samples, weight, late)
         norm = data_norm = total_norm(self._of_all_slices(self._norm.squares()))
         if scale and self.loss_scale is not None and math.isfinite(loss):
             if math.isfinite(norm):
@@ -170,16 +185,16 @@ class ParameterServer:
         if self._clip is not None and self._clip.norm is None:
             clipped = any(self._of_all_slices([float(clipped)]))
         if self._noise is not None:
-            self._noise.add_(self._gradients, step - 1)
+            for number, gradient in self._trained.items():
+                self._noise.add_(gradient, step - 1, number)
         lr = self.schedule.lr
-        self.optimizer.step()
-        self.schedule.step()
         self._update_buffers(lag)
+        self._step_optimizer(step)
+        self.schedule.step()
         if watch is not None:
             watch.after(self.current.floats)
         if self._averaged is not None:
             self._averaged.update(step)
-        self._publish(step)
         seconds = time.perf_counter() - start
         return Update(samples, weight, loss, penalty, data_norm, norm, lr, clipped, seconds)
 
@@ -188,7 +203,7 @@ class ParameterServer:
         the schedule moves on."""
         lr = self.schedule.lr
         self.schedule.step()
-        self._publish(step)
+        self._publish(step, self.span)
         return Update(0, 0.0, 0.0, 0.0, 0.0, 0.0, lr, False, 0.0)
 
     @property
@@ -196,14 +211,37 @@ class ParameterServer:
         """Whether all parameters and buffers are finite, those of other slices as last taken."""
         return math.isfinite(global_norm(self.current.floats))
 
-    def _publish(self, step: int) -> None:
-        """Let workers read the parameters after update `step`. (Those of other slices come from outside.)"""
+    def _step_optimizer(self, step: int) -> None:
+        """Have the optimizer update the span's parameters, and publish them. It passes over those without a gradient,
+        so that it can be had to update part after part; it treats each tensor by itself, so that this costs no bit."""
+        if self.publish is None:
+            self.optimizer.step()
+            self._publish(step, self.span)
+            return
+        trained = [each for part in self._parts for each in part.trained]
+        for parameter, _ in trained:
+            parameter.grad = None
+        for part in self._parts:
+            for parameter, gradient in part.trained:
+                parameter.grad = gradient
+            if part.trained:
+                self.optimizer.step()
+            for parameter, _ in part.trained:
+                parameter.grad = None
+            self._publish(step, part.span)
+        for parameter, gradient in trained:
+            parameter.grad = gradient
+
+    def _publish(self, step: int, span: Span) -> None:
+        """Let workers read a span's parameters after update `step`. (Those of other slices come from outside.)"""
         place = self.published[step % len(self.published)]
         if place is not self.current:
-            own = slice(self.span.start, self.span.stop)
-            place.floats[own] = self.current.floats[own]
-            place.ints.copy_(self.current.ints)
-            self.wire.round_parameters(place, self.span)
+            place.floats[span.start : span.stop] = self.current.floats[span.start : span.stop]
+            if span.stop == self.layout.num_floats:
+                place.ints.copy_(self.current.ints)
+            self.wire.round_parameters(place, span)
+        if self.publish is not None:
+            self.publish(step, span)
 
     def _compensate(self, read: Published) -> None:
         """Add to the gradient g what it misses by having been computed elsewhere: lambda g^2 (w_now - w_read), the
@@ -215,13 +253,15 @@ class ParameterServer:
     def _of_all_slices(self, values: list[float]) -> list[float]:
         return values if self.share is None else self.share(values)
 
-    def _average(self, sums: list[Tensor], samples: int, weight: float) -> None:
+    def _average(self, sums: list[Tensor], samples: int, weight: float, late: Sequence[Merge]) -> None:
         """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and look at
-        the norm of the gradient's pieces.
+        the norm of the gradient's pieces. What of the sums is to be added up first is `late`.
 
         In blocks that stay in the cache: memory, not arithmetic, is what an update waits for.
         """
         for block in self._blocks:
+            for merge in late:
+                merge.add_until(block.stop)
             parts = [vector[block.start : block.stop] for vector in sums]
             share = 1.0 / (weight if block.num_pieces else samples)
             if len(parts) == 2:
@@ -244,6 +284,10 @@ class ParameterServer:
             value.add_(change.round().to(torch.int64))
 
     @property
+    def averages(self) -> bool:
+        return self._averaged is not None
+
+    @property
     def readable(self) -> list[Published]:
         """All that workers may read: `published`, and behind them the averaged weights, where there are any."""
         return [*self.published, self._averaged.published] if self._averaged is not None else self.published
@@ -261,11 +305,9 @@ class ParameterServer:
         averaged weights where there are any."""
         source = self.current if self._averaged is None else self._averaged.published
         source.adopt_parameters(self.model, copy_in=False)
-        named = dict(self.model.named_buffers())
-        for entry, view in zip(self.layout.float_buffers, views(source.floats, self.layout.float_buffers), strict=True):
-            named[entry.name].copy_(view)
-        for entry, view in zip(self.layout.int_buffers, source.int_views(), strict=True):
-            named[entry.name].copy_(view)
+        published = source.named()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(published[name])
         try:
             yield self.model
         finally:
@@ -288,11 +330,22 @@ class ParameterServer:
         parameters of earlier updates; with averaging the weights that are trained."""
         kept: dict[str, Tensor] = {}
         if self._averaged is not None:
-            kept["trained.floats"], kept["trained.ints"] = self.current.floats, self.current.ints
+            kept |= _prefixed("trained.", self.current)
         for earlier in range(max(0, step - len(self.published) + 1), step):
             published = self.published[earlier % len(self.published)]
-            kept[f"published.{earlier}.floats"], kept[f"published.{earlier}.ints"] = published.floats, published.ints
+            kept |= _prefixed(f"published.{earlier}.", published)
         return kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """What updates go on from beside parameters and the optimizer's state, the same for every slice; JSON-able."""
+        scale = self.loss_scale.state_dict() if self.loss_scale is not None else None
+        return {"schedule": self.schedule.state_dict(), "loss_scale": scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.schedule.load_state_dict(state["schedule"])
+        if self.loss_scale is not None and state.get("loss_scale") is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
 
     def restore(self, step: int, model: Mapping[str, Tensor], stale: Mapping[str, Tensor]) -> None:
         """Go on after update `step`: the model as a checkpoint holds it, and what `stale` gave.
@@ -303,22 +356,39 @@ class ParameterServer:
         self.current.store_buffers(self.model)
         if self._averaged is not None:
             self._averaged.published.copy_from(self.current)
-            if "trained.floats" in stale:  # else it begins to average here
-                self.current.floats.copy_(stale["trained.floats"])
-                self.current.ints.copy_(stale["trained.ints"])
+            if any(name.startswith("trained.") for name in stale):  # else it begins to average here
+                _take("trained.", self.current, stale)
         if (place := self.published[step % len(self.published)]) is not self.current:
             place.copy_from(self.current)
-            self.wire.round_parameters(place, self._whole)
+            self.wire.round_parameters(place, self.layout.whole)
         for earlier in range(max(0, step - len(self.published) + 1), step):
             published = self.published[earlier % len(self.published)]
-            try:
-                published.floats.copy_(stale[f"published.{earlier}.floats"])
-                published.ints.copy_(stale[f"published.{earlier}.ints"])
-                self.wire.round_parameters(published, self._whole)
-            except KeyError as error:
-                raise CheckpointError(
-                    f"the checkpoint lacks the parameters of update {earlier}, which server.staleness asks for"
-                ) from error
+            _take(f"published.{earlier}.", published, stale)
+            self.wire.round_parameters(published, self.layout.whole)
+
+
+def _prefixed(prefix: str, published: Published) -> dict[str, Tensor]:
+    """A published vector's tensors, for a checkpoint."""
+    return {f"{prefix}{name}": tensor for name, tensor in published.named().items()}
+
+
+def _take(prefix: str, published: Published, saved: Mapping[str, Tensor]) -> None:
+    """Bring back what `_prefixed` gave. Raises CheckpointError where the checkpoint lacks some of it."""
+    for name, tensor in published.named().items():
+        if prefix + name not in saved:
+            raise CheckpointError(
+                f"the checkpoint lacks {prefix + name}: it was written without server.staleness or averaging as they "
+                "are set now, or by an older distrain"
+            )
+        tensor.copy_(saved[prefix + name])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is updated together: the parameters of a span that are trained, with their gradients."""
+
+    span: Span
+    trained: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +408,7 @@ def _blocks(mean: Tensor, pieces: Sequence[int]) -> list[_Block]:
     start = stop = first = 0
     for number, size in enumerate(pieces, start=1):
         stop += size
-        if stop - start >= _BLOCK or number == len(pieces):
+        if stop - start >= BLOCK_FLOATS or number == len(pieces):
             blocks.append(_Block(start, stop, mean[start:stop], first, number - first))
             start, first = stop, number
     if stop < len(mean):

@@ -19,12 +19,13 @@ from distrain import errors
 from distrain.errors import DistrainError, LinkError, TrainingError
 from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_microbatches
 from distrain.exchange.memory import Published, PushSlots
+from distrain.exchange.sums import partial_of
 from distrain.reduction import Block, Partial, TreeSum
 from distrain.server.agenda import Microbatch
-from distrain.server.hosts import Hosts, partial_of
+from distrain.server.hosts import Hosts
 from distrain.server.ledger import Assignment, Ledger, Verdict
 from distrain.server.members import Batch, Host, Member, Pushed, Task
-from distrain.server.parameter_server import ParameterServer
+from distrain.server.parameter_server import BLOCK_FLOATS, ParameterServer
 
 _POLL_SECONDS = 0.25  # how soon a request to stop is seen while nothing arrives
 _HELP_SECONDS = 0.02  # how soon an idle worker helps one that is late
@@ -87,7 +88,7 @@ class Rounds:
         self._fenced: dict[SocketLink, Member] = {}  # given up for their silence: what they still push is refused
         self._fenced_elsewhere: dict[int, Member] = {}  # the same behind relays, by incarnation
         self._open: dict[int, Round] = {}
-        self.hosts = Hosts(server, hub, num_slices, window, timeout_s, self._settled, self._open.__contains__)
+        self.hosts = Hosts(server, hub, num_slices, window, timeout_s, self._settled, self._open)
         self._numbers = itertools.count()
         self._whole = itertools.count()
         self._step = 0
@@ -180,11 +181,17 @@ class Rounds:
         self._hub.ring()
 
     def poll(self) -> None:
-        """Wait for whatever comes next and deal with it. Raises what a worker reported, or `abort` was given."""
+        """Wait for whatever comes next and deal with it; while there is something to add up, do some of that instead of
+        waiting. Raises what a worker reported, or `abort` was given."""
         if self._abort is not None:
             raise self._abort
         someone_idle = any(self._ledger.is_idle(incarnation) for incarnation in self._members)
-        for link, what in self.hosts.events(_HELP_SECONDS if someone_idle else _POLL_SECONDS):
+        timeout_s = _HELP_SECONDS if someone_idle else _POLL_SECONDS
+        to_add_up = next((round_.tree for round_ in self._open.values() if round_.tree.late), None)
+        come = self.hosts.events(timeout_s if to_add_up is None else 0.0)
+        if not come and to_add_up is not None:
+            to_add_up.work(BLOCK_FLOATS)
+        for link, what in come:
             host = self.hosts.of(link)
             if host is not None:
                 self._take_from_relay(host, link, what)
@@ -220,6 +227,9 @@ class Rounds:
         """Deal with what a worker says."""
         if frame.kind is Kind.PUSH:
             self._take_push(member, frame)
+        elif frame.kind is Kind.READY:
+            if self._is_summed_here(member):
+                self.hosts.local_sums.ready(frame)
         elif frame.kind is Kind.ALIVE:
             member.deadline = time.monotonic() + self._timeout_s
         elif frame.kind is Kind.LOOKED:
@@ -301,23 +311,27 @@ class Rounds:
         member.tasks[assignment] = Task(round_.kind, now, is_copy)
         wanted = round_.microbatches[assignment.first : assignment.stop]
         is_plain = all(wanted[0][0] == step and assignment.first + i == k for i, (step, k) in enumerate(wanted))
-        self._hub.send(
-            member.link,
-            Frame(
-                round_.kind,
-                round_.number,
-                wanted[0][0],
-                assignment.first,
-                assignment.stop,
-                member.incarnation,
-                slot=round_.slots,
-                version=version,
-                read=read,
-                samples=len(round_.microbatches),
-                loss=round_.scale,
-                payload=b"" if is_plain else pack_microbatches(wanted),
-            ),
+        task = Frame(
+            round_.kind,
+            round_.number,
+            wanted[0][0],
+            assignment.first,
+            assignment.stop,
+            member.incarnation,
+            slot=round_.slots,
+            version=version,
+            read=read,
+            samples=len(round_.microbatches),
+            loss=round_.scale,
+            payload=b"" if is_plain else pack_microbatches(wanted),
         )
+        if round_.kind in GRADIENTS and self._is_summed_here(member):
+            self.hosts.local_sums.asked(task)
+        self._hub.send(member.link, task)
+
+    def _is_summed_here(self, member: Member) -> bool:
+        """Whether this process adds the member's pushes up with those of others on this host, before they count."""
+        return member.host is not None and member.host is self.hosts.local
 
     def stepped(self, step: int) -> None:
         """The current parameters are those after this update."""
@@ -353,9 +367,19 @@ class Rounds:
         own = Published(layout) if self._free else None
         member = Member(rank, incarnation, link, slots, int(hello["launch"]), own, self.hosts.local)
         self._members[incarnation] = self._by_link[link] = member
+        if self._is_summed_here(member):
+            self.hosts.local_sums.joined(incarnation, slots)
         published = self._published(member)
         try:
-            link.send(Frame(Kind.WELCOME, incarnation=incarnation, version=len(published), slot=slots.num_sets))
+            link.send(
+                Frame(
+                    Kind.WELCOME,
+                    incarnation=incarnation,
+                    slot=slots.num_sets,
+                    version=len(published),
+                    read=int(link.shared and self._is_summed_here(member)),
+                )
+            )
             if link.shared:
                 link.send_descriptors(
                     [*(vector.buffer.fd for vector in published), slots.buffer.fd, *self._hub.bell.fds]
@@ -406,7 +430,9 @@ class Rounds:
             round_.num_bytes += frame.data_bytes
             round_.owner = member
             if member.host is not None and round_.kind in GRADIENTS:
-                member.host.accepted.setdefault(frame.round, []).append(Pushed(member, frame.slot, block, part))
+                member.host.accepted.setdefault(frame.round, []).append(Pushed(member, frame.slot, block))
+                if self._is_summed_here(member):
+                    self.hosts.local_sums.pushed(frame)
             else:
                 self._put(round_, block, part)
         self._deal(self._ledger.claim(member.incarnation))
@@ -420,8 +446,7 @@ class Rounds:
             round_.whole_at = next(self._whole)
 
     def _combine(self) -> None:
-        """Have the hosts whose workers owe nothing more of a round, or of one that lacks nothing, add up what they
-        have of it."""
+        """Tell the hosts whose workers owe nothing more of a round, or of one that lacks nothing, what counts of it."""
         for host in self.hosts.all:
             for number in list(host.accepted):
                 round_ = self._open[number]
@@ -433,7 +458,7 @@ class Rounds:
                 )
                 count = len(round_.microbatches)
                 if not owed or count - len(self._ledger.missing(number)) >= round_.needed:
-                    self.hosts.combine(host, number, round_.microbatches[0][0], count)
+                    self.hosts.combine(host, number)
 
     def _settled(self, host: Host, number: int, batch: Batch) -> None:
         """All owners have the sums of some pushes."""
@@ -448,6 +473,8 @@ class Rounds:
                 self._retiring.discard(member.launch)
                 self._hub.send(member.link, Frame(Kind.STOP, incarnation=member.incarnation))
                 del self._members[member.incarnation]
+                if self._is_summed_here(member):
+                    self.hosts.local_sums.left(member.incarnation)
                 self._by_link.pop(member.link, None)
                 self._deal(self._ledger.leave(member.incarnation))
                 self._tell("left", f"worker {member.rank} left its node, which is about to go", member)
@@ -480,6 +507,8 @@ class Rounds:
         """Fence a worker and have the others do what it still owed."""
         if self._members.pop(member.incarnation, None) is None:
             return
+        if self._is_summed_here(member):
+            self.hosts.local_sums.left(member.incarnation)
         if self._by_link.pop(member.link, None) is None:
             if member.incarnation not in self._fenced_elsewhere:
                 self._hub.send(member.link, Frame(Kind.LEFT, incarnation=member.incarnation))

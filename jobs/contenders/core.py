@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 
 from distrain.config import OptimizerConfig, TrainConfig
 from distrain.errors import LinkError
+from distrain.exchange.layout import Layout
 from distrain.exchange.link import Address, Hub
-from distrain.exchange.memory import Layout
 from distrain.exchange.slices import cut
 from distrain.exchange.wire import WIRES, WireDtype
 from distrain.learning.task import build_task
@@ -38,17 +38,19 @@ _JOIN_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Model:
-    """`floats` parameters in so many equal tensors; a microbatch takes `seconds`, asleep."""
+    """`floats` parameters in so many equal tensors; a forward pass takes `seconds` and a backward pass
+    `backward_seconds`, asleep."""
 
     floats: int
     tensors: int = 24
     seconds: float = 0.0
+    backward_seconds: float = 0.0
 
     def prepare(self, folder: str, num_workers: int) -> Preparation:
         """A run with a shard and a row a step for each worker."""
         rows = np.linspace(0.0, 1.0, 64 * num_workers, dtype=np.float32)
         pq.write_table(pa.table({"f0": rows, "y": rows}), Path(folder, "rows.parquet"))
-        args = {"floats": self.floats, "tensors": self.tensors, "seconds": self.seconds}
+        args = asdict(self)
         return prepare(
             TrainConfig.from_mapping(
                 {

@@ -1,4 +1,5 @@
-"""A model whose gradient costs next to nothing to compute, so that a step is its exchange and its update."""
+"""A model whose gradient costs next to nothing to compute, so that a step is its exchange and its update; and sleep,
+which stands for computing where the hosts of a benchmark share one machine."""
 
 from __future__ import annotations
 
@@ -10,34 +11,40 @@ from torch import Tensor, nn
 
 
 class _Preset(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return features.sum(1, keepdim=True)
+    """Passes on what it is given. The weight's gradient is there after `seconds`."""
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.gradients
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gradient: Tensor, seconds: float) -> Tensor:
+        ctx.gradient, ctx.seconds = gradient, seconds
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.seconds:
+            time.sleep(ctx.seconds)
+        return gradients[0], ctx.gradient, None, None
 
 
 class Preset(nn.Module):
-    """`floats` parameters in so many equal tensors. The output does not depend on them, the gradient is constant; a
-    forward pass takes `seconds`, which it sleeps."""
+    """`floats` parameters in so many equal tensors, each a layer. The output does not depend on them, and the gradient
+    is constant. A forward pass takes `seconds`, and a backward pass `backward_seconds`, the same for each layer."""
 
-    def __init__(self, floats: int, tensors: int, seconds: float = 0.0) -> None:
+    def __init__(self, floats: int, tensors: int, seconds: float = 0.0, backward_seconds: float = 0.0) -> None:
         super().__init__()
         self.weights = nn.ParameterList(torch.zeros(floats // tensors) for _ in range(tensors))
-        self._seconds = seconds
+        self._seconds, self._layer_seconds = seconds, backward_seconds / tensors
         self._gradients: list[Tensor] = []
 
     def forward(self, features: Tensor) -> Tensor:
         time.sleep(self._seconds)
         if not self._gradients:
             self._gradients = [torch.full_like(weight, 1e-3) for weight in self.weights]
-        output: Tensor = _Preset.apply(features, self._gradients, *self.weights)  # type: ignore[no-untyped-call]
+        output = features.sum(1, keepdim=True)
+        for weight, gradient in zip(self.weights, self._gradients, strict=True):
+            output = _Preset.apply(output, weight, gradient, self._layer_seconds)  # type: ignore[no-untyped-call]
         return output
 
 
-def build(floats: int, tensors: int, seconds: float = 0.0) -> nn.Module:
+def build(floats: int, tensors: int, seconds: float = 0.0, backward_seconds: float = 0.0) -> nn.Module:
     """The model, for `model.factory`."""
-    return Preset(floats, tensors, seconds)
+    return Preset(floats, tensors, seconds, backward_seconds)

@@ -30,7 +30,9 @@ def train(count, *more):
 runs = ([1], [2], [2, "server.slices=2"], [2, "server.slices=3"], [1, "server.slices=2"])
 hashes = [train(*run) for run in runs]
 rounded = [train(*run, "server.wire_dtype=bf16") for run in runs[:3]]
-print(json.dumps({"nodes": len(ray.nodes()), "hashes": hashes, "rounded": rounded}))
+kept = ["workers.precision=fp16", "gradient_noise.eta=0.01", "averaging.decay=0.9"]  # what a slice has a state of
+stateful = [train(*run, *kept) for run in ([1], [2, "server.slices=2"])]
+print(json.dumps({"nodes": len(ray.nodes()), "hashes": hashes, "rounded": rounded, "stateful": stateful}))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -44,5 +46,5 @@ def test_workers_and_slices_on_two_nodes_give_the_same_bits_as_one(tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["nodes"] == 2
-    assert len(set(said["hashes"])) == len(set(said["rounded"])) == 1
-    assert said["rounded"][0] != said["hashes"][0]
+    assert len(set(said["hashes"])) == len(set(said["rounded"])) == len(set(said["stateful"])) == 1
+    assert len({said[kind][0] for kind in ("hashes", "rounded", "stateful")}) == 3

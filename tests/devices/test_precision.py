@@ -15,7 +15,8 @@ from torch import nn
 from distrain.config import OptimizerConfig
 from distrain.devices import Arithmetic, HostDevice
 from distrain.errors import DivergenceError
-from distrain.exchange.memory import Layout, Published, PushSlots
+from distrain.exchange.layout import Layout
+from distrain.exchange.memory import Published, PushSlots
 from distrain.server.loop import LoopSettings
 from tests.server.test_loop import source
 from tests.support.runs import Job, open_run, start_worker, task, train
@@ -76,18 +77,24 @@ def test_overflow_leaves_updates_out_and_the_scale_finds_its_place(undisturbed):
     assert [r.samples for r in steps] == ([16] * 8 + [9]) * 3, "the rows of a step that is left out still count"
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("stop", [2, 13])
-def test_resumed_it_has_the_same_bits(undisturbed, staleness: int, stop: int):
-    first, _ = train(job("fp16", 2, staleness=staleness, max_steps=stop), 2)
+def resumed(the_job: Job, stop: int) -> str:
+    """The hash of a job that two workers took to step `stop` and one from there."""
+    loop = replace(the_job.loop, num_workers=2, max_steps=stop)
+    first, _ = train(replace(the_job, loop=loop), 2)
     snapshot = None
     while (following := first.reports.take_snapshot()) is not None:
         snapshot = following
-    the_job = job("fp16", 1, staleness=staleness)
     run = open_run(the_job)
     run.loop.restore(stop, load(snapshot.model), snapshot.state, load(snapshot.optimizer))
     start_worker(run, the_job, 0)
-    assert run.loop.run().parameters_sha256 == undisturbed["fp16", staleness][0].outcome.parameters_sha256
+    return run.loop.run().parameters_sha256
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("stop", [2, 13])
+def test_resumed_it_has_the_same_bits(undisturbed, staleness: int, stop: int):
+    expected = undisturbed["fp16", staleness][0].outcome.parameters_sha256
+    assert resumed(job("fp16", staleness=staleness), stop) == expected
 
 
 class SteepAtZero(nn.Module):
@@ -136,7 +143,7 @@ def gradient(precision: str, scale: float) -> torch.Tensor:
     published.adopt_parameters(model, copy_in=True)
     device.open(model, layout, [published], slots)
     device.read(0, 0)
-    device.begin(0, scale)
+    device.begin(0, scale, lambda span: None)
     outputs = Arithmetic(precision).outputs(model, {"features": torch.randn(16, 4)}, "cpu")
     assert outputs.dtype == torch.float32
     device.backward((outputs * 1e-9).sum(), True)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from distrain.config import LossConfig, ModelConfig
 from distrain.data.plan import Plan
 from distrain.devices import HostDevice, StreamedDevice
 from distrain.devices.device import Batch
-from distrain.devices.streamed import Brought, make_buckets
+from distrain.devices.streamed import Brought
 from distrain.errors import DistrainError
-from distrain.exchange.memory import Layout, Published, PushSlots
+from distrain.exchange.layout import Layout, Span
+from distrain.exchange.memory import Published, PushSlots
 from distrain.learning.task import TaskSpec
 from distrain.server.loop import LoopSettings
 from distrain.worker import Source
@@ -27,7 +26,13 @@ from tests.support.accelerator import FakeGpu
 from tests.support.datasets import ArrayDataset
 from tests.support.runs import Job, train
 
-SMALL = 64  # bytes of a bucket: several of them in these models
+
+@pytest.fixture(scope="module", autouse=True)
+def small_buckets() -> Iterator[None]:
+    """Several of them in these models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distrain.exchange.layout.PIECE_FLOATS", 16)
+        yield
 
 
 def job(num_workers: int, **loop) -> Job:
@@ -56,7 +61,7 @@ def on_the_host() -> dict[tuple[int, int], str]:
 )
 def test_streams_and_copies_change_no_bit(on_the_host, num_workers: int, links: str, staleness: int):
     gpus = [FakeGpu() for _ in range(num_workers)]
-    devices = tuple(partial(StreamedDevice, gpu, SMALL) for gpu in gpus)
+    devices = tuple(partial(StreamedDevice, gpu) for gpu in gpus)
     run, _ = train(replace(job(num_workers, staleness=staleness), devices=devices), num_workers, links)
     assert run.outcome.parameters_sha256 == on_the_host[num_workers, staleness]
     for gpu in gpus:
@@ -66,7 +71,7 @@ def test_streams_and_copies_change_no_bit(on_the_host, num_workers: int, links: 
 
 
 def test_hosts_and_gpus_work_on_one_run(on_the_host):
-    devices = (HostDevice, partial(StreamedDevice, FakeGpu(), SMALL))
+    devices = (HostDevice, partial(StreamedDevice, FakeGpu()))
     run, report = train(replace(job(2), devices=devices), 2)
     assert run.outcome.parameters_sha256 == on_the_host[2, 0]
     assert {incarnation for record in report.steps for incarnation, *_ in record.taken} == {0, 1}
@@ -78,15 +83,16 @@ class ReadsTooEarly(StreamedDevice):
 
 
 class PushesTooEarly(StreamedDevice):
-    def finish(self, rows: int) -> None:
-        self._departures = self._accelerator.stream()
-        super().finish(rows)
+    def _depart(self, span: Span) -> None:
+        before = self._departures.record_event()
+        super()._depart(span)
+        self._departed[-1] = span, before
 
 
 class CopiesTooEarly(StreamedDevice):
-    def _depart(self, start: int, stop: int) -> None:
+    def _depart(self, span: Span) -> None:
         with self._accelerator.on(self._departures):
-            self._accelerator.copy(self._slots[0][start:stop], self._sums[start:stop])
+            self._accelerator.copy(self._slots[0][span.start : span.stop], self._sums[span.start : span.stop])
 
 
 class KeepsOldParameters(StreamedDevice):
@@ -98,7 +104,7 @@ class KeepsOldParameters(StreamedDevice):
 @pytest.mark.parametrize("broken", [ReadsTooEarly, PushesTooEarly, CopiesTooEarly, KeepsOldParameters])
 def test_the_fake_shows_up_what_was_not_waited_for(on_the_host, broken: type[StreamedDevice]):
     try:
-        run, _ = train(replace(job(1), devices=(partial(broken, FakeGpu(), SMALL),)))
+        run, _ = train(replace(job(1), devices=(partial(broken, FakeGpu()),)))
     except DistrainError:
         return
     assert run.outcome.parameters_sha256 != on_the_host[1, 0]
@@ -120,36 +126,68 @@ class Net(nn.Module):
         return self.last(self.frozen(hidden))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1024.0])
-def test_buckets_leave_while_backward_goes_on_and_what_has_no_gradient_is_zero(scale: float):
+PIECES = torch.arange(12.0).reshape(2, 2, 3)  # of a microbatch
+
+
+def open_net(device: StreamedDevice) -> tuple[Net, PushSlots, Layout]:
+    """A net on the device, whose parameters are read, and slots, of which the second is not zero."""
     torch.manual_seed(0)
-    model, reference = Net(), Net()
-    reference.load_state_dict(model.state_dict())
-    layout, gpu = Layout.of(model), FakeGpu()
+    model = Net()
+    layout = Layout.of(model)
     published, slots = Published(layout), PushSlots(layout, 2)
     published.adopt_parameters(model, copy_in=True)
-    device = StreamedDevice(gpu, SMALL)
     device.open(model, layout, [published], slots)
-    model.reached = lambda _: gpu.log.append("first layer")
     slots[1].fill_(7.0)
     device.read(0, 0)
-    device.begin(1, scale)
-    pieces = torch.arange(12.0).reshape(2, 2, 3)
-    for number, rows in enumerate(pieces):
+    return model, slots, layout
+
+
+def assert_holds_the_gradients_of_pieces(
+    vector: torch.Tensor, layout: Layout, rtol: float = 0, atol: float = 0
+) -> None:
+    """What such a net's gradients add up to on the host; zero where it has none."""
+    torch.manual_seed(0)
+    reference = Net()
+    for rows in PIECES:
+        reference(rows).square().sum().backward()
+    for entry, (name, parameter) in zip(layout.parameters, reference.named_parameters(), strict=True):
+        got = vector[entry.start : entry.start + entry.numel].view(entry.shape)
+        expected = torch.zeros(entry.shape) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1024.0])
+def test_buckets_leave_while_backward_goes_on_and_what_has_no_gradient_is_zero(scale: float):
+    gpu = FakeGpu()
+    device = StreamedDevice(gpu)
+    model, slots, layout = open_net(device)
+    model.reached = lambda _: gpu.log.append("first layer")
+    holds: list[Span] = []
+
+    def there(span: Span) -> None:
+        holds.append(span)
+        gpu.log.append("there")
+        assert not slots[1][span.start : span.stop].isnan().any()
+
+    device.begin(1, scale, there)
+    for number, rows in enumerate(PIECES):
         outputs = model(device.take(device.bring({"features": rows}))["features"])
-        device.backward(outputs.square().sum(), number == 1)
+        loss = outputs.square().sum()
+        value = device.value(loss)
+        device.backward(loss, number == 1)
+        assert value() == loss.item(), "without a wait for what is computed after it"
         assert number == 1 or "depart" not in gpu.log, "more is added to them"
+    assert gpu.log.count("fetch") == 2
     before = gpu.log[gpu.log.index("first layer") + 1 :]
     before = before[: before.index("first layer")]
     assert before.count("depart") == 2, "the last layer's weight and bias have left"
-    assert slots[1][layout.parameters[0].start].isnan(), "nobody waited yet"
+    assert slots[1][layout.parameters[-1].start].isnan() and not holds, "nobody waited yet"
     device.finish(4)
-    for rows in pieces:
-        reference(rows).square().sum().backward()
-    for entry, (name, parameter) in zip(layout.parameters, reference.named_parameters(), strict=True):
-        got = slots[1][entry.start : entry.start + entry.numel].view(entry.shape)
-        expected = torch.zeros(entry.shape) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=name)
+    assert sorted(holds, key=lambda span: span.start) == sorted(
+        (bucket.span for bucket in layout.buckets), key=lambda span: span.start
+    )
+    assert holds[0] == layout.buckets[-1].span, "what left first is there first"
+    assert_holds_the_gradients_of_pieces(slots[1], layout)
     assert len(gpu.locked) == 2, "only the slot that was used, and the parameters"
 
 
@@ -164,15 +202,3 @@ def test_a_round_reads_the_parameters_once():
         device.read(0, round_number)
     assert gpu.log == ["load", "load"]
     assert model.first.weight[0, 0] == 3.0
-
-
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(1, 2000))
-def test_buckets_hold_each_gradient_once_the_last_layers_first(sizes: list[int], num_bytes: int):
-    layout = Layout.of(nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes))
-    buckets = make_buckets(layout, num_bytes)
-    assert [index for bucket in buckets for index in sorted(bucket.indices, reverse=True)] == list(range(len(sizes)))[
-        ::-1
-    ]
-    assert [bucket.stop for bucket in buckets] == [layout.num_gradients, *(bucket.start for bucket in buckets[:-1])]
-    assert buckets[-1].start == 0
-    assert all(4 * (bucket.stop - bucket.start) >= num_bytes for bucket in buckets[:-1])

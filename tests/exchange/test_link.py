@@ -11,20 +11,9 @@ import pytest
 
 from distrain.errors import LinkError
 from distrain.exchange.link import Address, Frame, Hub, Kind, SocketLink, connect
-from tests.support.links import InMemoryLink
+from tests.support.links import InMemoryLink, socket_pair
 
 TOKEN = "the run's token"
-
-
-def socket_pair(family: str) -> tuple[SocketLink, SocketLink]:
-    if family == "unix":
-        a, b = socket.socketpair()
-    else:
-        listener = socket.create_server(("127.0.0.1", 0))
-        a = socket.create_connection(listener.getsockname())
-        b, _ = listener.accept()
-        listener.close()
-    return SocketLink(a), SocketLink(b)
 
 
 @pytest.fixture(params=["memory", "unix", "tcp"])
@@ -78,6 +67,49 @@ def test_large_payloads_pass_without_blocking_the_sender(family: str):
         a.flush()
     reader.join()
     assert got[0] is not None and bytes(place) == payload
+    a.close()
+    b.close()
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+def test_words_overtake_what_is_sent_in_bulk_and_keep_their_order(family: str):
+    a, b = socket_pair(family)
+    for number in range(40):
+        a.send(Frame(Kind.PIECE, number, payload=bytes(1 << 20)), bulk=True)
+    for number in range(2):
+        a.send(Frame(Kind.PUSH, number))
+    got: list[Frame | None] = []
+    reader = threading.Thread(target=lambda: got.extend(b.receive(10) for _ in range(42)))
+    reader.start()
+    while a.sending:
+        a.flush()
+    reader.join()
+    assert [frame.round for frame in got if frame is not None and frame.kind is Kind.PIECE] == list(range(40))
+    words = [place for place, frame in enumerate(got) if frame is not None and frame.kind is Kind.PUSH]
+    assert [got[place].round for place in words] == [0, 1] and words[1] < 20, "not behind all of it"
+    a.close()
+    b.close()
+
+
+def test_what_is_queued_in_bulk_may_be_withdrawn():
+    a, b = socket_pair("tcp")
+    for number in range(40):
+        a.send(Frame(Kind.PUBLISH, number, payload=bytes(1 << 20)), bulk=True)
+    a.withdraw(lambda frame: frame.round % 2 == 1)
+    a.send(Frame(Kind.STOP), bulk=True)
+    got: list[int] = []
+
+    def read() -> None:
+        while (frame := b.receive(10)) is not None and frame.kind is Kind.PUBLISH:
+            got.append(frame.round)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while a.sending:
+        a.flush()
+    reader.join()
+    assert [number for number in got if number > 20] == list(range(22, 40, 2)), "what was not under way"
+    assert got == sorted(got)
     a.close()
     b.close()
 

@@ -1,15 +1,14 @@
-"""Layouts place tensors on aligned offsets; buffers are shared without a name."""
+"""Buffers are shared without a name, and hold a model."""
 
 from __future__ import annotations
 
 import os
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from distrain.exchange.memory import ALIGNMENT_BYTES, Layout, Published, PushSlots, SharedBuffer, views
+from distrain.exchange.layout import ALIGNMENT_BYTES, Layout
+from distrain.exchange.memory import Published, PushSlots, SharedBuffer
 
 
 def model_with_buffers() -> nn.Module:
@@ -26,19 +25,6 @@ def test_a_shared_buffer_is_seen_through_its_descriptor():
     theirs.ints(64, 2)[1] = 2**40
     assert ours.ints(64, 2).tolist() == [0, 2**40]
     assert ours.ints(0, 0).numel() == 0
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
-def test_every_tensor_starts_on_its_own_aligned_place(widths: list[int]):
-    model = nn.Sequential(*(nn.Linear(w, w) for w in widths), nn.BatchNorm1d(3))
-    layout = Layout.of(model)
-    entries = [*layout.parameters, *layout.float_buffers, *layout.int_buffers]
-    stop = 0
-    for entry in entries:
-        assert entry.start >= stop and entry.start * 4 % ALIGNMENT_BYTES == 0
-        stop = entry.start + entry.numel
-    assert stop <= layout.num_floats
-    assert layout.num_gradients <= layout.float_buffers[0].start
 
 
 def test_adopted_parameters_live_in_the_published_vector():
@@ -68,12 +54,14 @@ def test_slots_do_not_overlap_and_cost_nothing_untouched():
     assert bytes(slots.bytes(1)[:4]) == b"\x00\x00\x80?"
 
 
-def test_a_layout_tells_models_apart():
-    assert Layout.of(nn.Linear(2, 3)).digest == Layout.of(nn.Linear(2, 3)).digest
-    assert Layout.of(nn.Linear(2, 3)).digest != Layout.of(nn.Linear(3, 2)).digest
-
-
-def test_views_have_the_tensors_shapes():
-    layout = Layout.of(model_with_buffers())
-    vector = torch.zeros(layout.num_floats)
-    assert [tuple(v.shape) for v in views(vector, layout.parameters)] == [(5, 3), (5,), (5,), (5,), (1, 5), (1,)]
+def test_tensors_are_found_by_name():
+    model = model_with_buffers()
+    published = Published(Layout.of(model))
+    published.adopt_parameters(model, copy_in=True)
+    model[1].num_batches_tracked.fill_(2**30 + 1)
+    published.store_buffers(model)
+    named = published.named()
+    assert named.keys() == model.state_dict().keys()
+    assert all(torch.equal(named[name], value) for name, value in model.state_dict().items())
+    published.floats.zero_()
+    assert not named["0.weight"].any()

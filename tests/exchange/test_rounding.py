@@ -101,19 +101,21 @@ def test_what_is_not_finite_stays_so_and_spares_its_neighbours():
 def test_rounded_sums_do_not_depend_on_who_added_what(num_shards: int, step: int, data: st.DataObject):
     dither = Dither()
 
-    def finish(block: Block, part: Partial) -> None:
-        dither.round_(part.vector, step, block)
+    def finish(block: Block, values: torch.Tensor, start: int) -> None:
+        dither.round_(values, step, block, start)
 
     def leaf(shard: int) -> Partial:
         generator = torch.Generator().manual_seed(shard)
         part = Partial(torch.randn(20, generator=generator), 1, 0.0, 1.0)
-        finish(Block(shard, shard + 1), part)
+        finish(Block(shard, shard + 1), part.vector, 0)
         return part
 
     def add_up(blocks) -> list[tuple[Block, Partial]]:
         tree = TreeSum(num_shards, finish)
         for block, part in blocks:
             tree.put(block, part)
+            while tree.late:
+                tree.work(7)
         return list(tree)
 
     expected = add_up((Block(shard, shard + 1), leaf(shard)) for shard in range(num_shards))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distrain.exchange.memory import Layout, Published
-from distrain.exchange.slices import Span, cut
+from distrain.exchange.layout import Layout, Span
+from distrain.exchange.memory import Published
+from distrain.exchange.slices import cut
 from distrain.exchange.wire import WIRES, RoundedWire, Wire
-from distrain.reduction import Block, Partial
-
-
-class Link:
-    sending = False
+from distrain.reduction import Block
 
 
 def model() -> nn.Module:
@@ -30,8 +29,18 @@ def summed(wire: Wire) -> torch.Tensor:
     vector = torch.randn(LAYOUT.num_floats, generator=torch.Generator().manual_seed(1))
     vector[LAYOUT.num_gradients :] = 257.0 + torch.arange(LAYOUT.num_floats - LAYOUT.num_gradients)
     if (finish := wire.rounding(3)) is not None:
-        finish(Block(0, 1), Partial(vector, 1, 0.0, 1.0))
+        finish(Block(0, 1), vector, 0)
     return vector
+
+
+def in_pieces(span: Span) -> Iterator[Span]:
+    """Some of gradients, some of buffers, and some of both."""
+    for start in range(span.start, span.stop, 48):
+        yield Span(start, min(start + 48, span.stop))
+
+
+def sum_bytes(wire: Wire, span: Span) -> int:
+    return len(wire.sum_place(memoryview(bytearray(4 * len(span))), span, span))
 
 
 @pytest.mark.parametrize("dtype", WIRES)
@@ -40,14 +49,18 @@ def test_sums_arrive_as_they_were(dtype: str, num_slices: int):
     sender, receiver = WIRES[dtype](LAYOUT), WIRES[dtype](LAYOUT)
     vector = summed(sender)
     for span in cut(LAYOUT, num_slices):
+        memory = receiver.pool.take(4 * len(span))
         for _ in range(2):  # in memory that is used again
-            payload = memoryview(sender.pack_sum(vector, span, Link())).cast("B")
-            assert len(payload) == receiver.sum_bytes(span)
-            place = receiver.pool.take(len(payload))
-            place[:] = payload
-            got, memory = receiver.unpack_sum(place, span)
-            assert torch.equal(got, vector[span.start : span.stop])
-            receiver.pool.give(memory)
+            memory[:] = bytes(len(memory))
+            for piece in in_pieces(span):
+                packed = sender.pack_sum(vector, piece)
+                payload = memoryview(packed).cast("B")
+                place = receiver.sum_place(memory, span, piece)
+                assert len(payload) == len(place)
+                place[:] = payload
+                receiver.unpack_sum(place, memory, span, piece)
+                sender.sent(packed)
+            assert torch.equal(torch.frombuffer(memory, dtype=torch.float32), vector[span.start : span.stop])
 
 
 @pytest.mark.parametrize("num_slices", [1, 2, 3])
@@ -56,7 +69,7 @@ def test_bfloat16_takes_half_the_bytes_of_gradients_and_parameters(num_slices: i
     published = Published(LAYOUT)
     for span in cut(LAYOUT, num_slices):
         saved = 2 * (min(span.stop, LAYOUT.num_gradients) - span.start)
-        assert whole.sum_bytes(span) - half.sum_bytes(span) == saved > 0
+        assert sum_bytes(whole, span) - sum_bytes(half, span) == saved > 0
         assert len(whole.parameters(published, span)) - len(half.parameters(published, span)) == saved
 
 
@@ -68,10 +81,10 @@ def test_workers_of_every_host_read_the_same_parameters(dtype: str, num_slices: 
     master = torch.randn(LAYOUT.num_floats, generator=torch.Generator().manual_seed(2))
     published.floats.copy_(master)
     published.ints.fill_(2**40 + 1)
-    for span in cut(LAYOUT, num_slices):
-        ours.round_parameters(published, span)
-        theirs.parameters(other, span)[:] = ours.parameters(published, span)
-        theirs.unpack_parameters(other, span)
+    for piece in [piece for span in cut(LAYOUT, num_slices) for piece in in_pieces(span)]:
+        ours.round_parameters(published, piece)
+        theirs.parameters(other, piece)[:] = ours.parameters(published, piece)
+        theirs.unpack_parameters(other, piece)
     assert torch.equal(other.floats, published.floats) and torch.equal(other.ints, published.ints)
     gradients = slice(0, LAYOUT.num_gradients)
     expected = master[gradients].to(torch.bfloat16).float() if dtype == "bf16" else master[gradients]
@@ -93,13 +106,10 @@ def test_the_sum_of_updates_sent_is_that_of_updates_meant_within_one_rounding(up
     assert abs(sent - (master.item() - 1.0)) <= 2**-8
 
 
-def test_memory_of_what_is_still_being_sent_is_left_alone():
-    wire, busy, free = RoundedWire(LAYOUT), Link(), Link()
-    busy.sending = True
+def test_memory_is_used_again_once_it_is_sent():
+    wire = RoundedWire(LAYOUT)
     vector, span = summed(wire), Span(0, LAYOUT.num_floats)
-    first = wire.pack_sum(vector, span, busy)
-    second = wire.pack_sum(vector, span, free)
-    third = wire.pack_sum(vector, span, free)
-    assert third is second and first is not second
-    busy.sending = False
-    assert wire.pack_sum(vector, span, busy) in (first, second)
+    first, second = wire.pack_sum(vector, span), wire.pack_sum(vector, span)
+    assert first is not second
+    wire.sent(first)
+    assert wire.pack_sum(vector, span) is first

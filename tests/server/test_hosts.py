@@ -5,19 +5,35 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load
+from torch import Tensor, nn
 
-from distrain.config import AveragingConfig, ClipConfig, ModelConfig, OptimizerConfig, PenaltyConfig, ScheduleConfig
+from distrain.config import (
+    AveragingConfig,
+    ClipConfig,
+    GradientNoiseConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    ScheduleConfig,
+)
+from distrain.devices import Arithmetic
 from distrain.errors import DivergenceError, ServerLost
 from distrain.exchange.link import Frame, Kind, pushes_digest
+from distrain.exchange.sums import Incoming, sum_frame
+from distrain.exchange.wire import WireDtype
 from distrain.reduction import Block, Partial
 from distrain.relay import Relay
 from distrain.server.loop import LoopSettings
 from distrain.server.members import Batch, Member, Pushed
-from distrain.worker import Worker
+from distrain.worker import Worker, WorkerOptions
+from tests.devices.test_precision import TOO_LARGE
+from tests.server import test_nonfinite
 from tests.server.test_loop import source
 from tests.support.links import InMemoryLink
 from tests.support.runs import Job, KilledWorker, Mortal, Run, open_run, start_relay, start_worker, task, train
@@ -27,6 +43,16 @@ WITH_EVERYTHING = {
     "penalty": PenaltyConfig(l1=0.01, l2=0.02),
     "schedule": ScheduleConfig(name="ReduceLROnPlateau", patience=0, threshold=0.9, warmup_steps=3),
 }
+
+
+def cut_in_pieces_of(num_floats: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("distrain.exchange.layout.PIECE_FLOATS", num_floats)
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch):
+    """Vectors cross in several pieces, as those of large models do."""
+    cut_in_pieces_of(48, monkeypatch)
 
 
 def job(**loop) -> Job:
@@ -83,34 +109,105 @@ def test_any_hosts_and_slices_give_the_same_bits(on_one_host, workers: list[int]
     assert report.validations[-1].metrics["loss"] < report.validations[0].metrics["loss"]
 
 
+@on_any_hosts
+@pytest.mark.parametrize("wire_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("piece_floats", [16, 10**6])
+def test_vectors_cross_in_pieces_of_any_length(
+    monkeypatch, workers: list[int], slices: int, wire_dtype: WireDtype, piece_floats: int
+):
+    def job_of(**loop) -> Job:
+        return replace(job(epochs=1, **loop), options=WorkerOptions(wire_dtype=wire_dtype))
+
+    cut_in_pieces_of(piece_floats, monkeypatch)
+    expected = train(job_of())[0].outcome.parameters_sha256
+    assert finish(spread(job_of(num_workers=sum(workers), slices=slices), workers)) == expected
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_worker_elsewhere_without_a_relay_pushes_to_the_server(on_one_host, slices: int):
+    the_job = job(num_workers=3, slices=slices)
+    run = spread(the_job, [1, 1])
+    start_worker(run, the_job, 2, same_node=False)
+    assert finish(run) == on_one_host
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_rows_that_are_not_finite_are_left_out_on_every_host(monkeypatch, staleness: int, slices: int):
+    cut_in_pieces_of(16, monkeypatch)
+
+    def job_of(**loop) -> Job:  # the gradient of row 37 is not finite, though its loss is; that of row 90 neither
+        return test_nonfinite.job({37: 7.0, 90: float("nan")}, spec=test_nonfinite.STEEP, staleness=staleness, **loop)
+
+    expected = train(job_of(num_workers=2))[0].outcome
+    run = spread(job_of(num_workers=3, slices=slices), [1, 1, 1])
+    assert finish(run) == expected.parameters_sha256
+    assert run.outcome.skipped.microbatches == expected.skipped.microbatches == 4
+
+
+def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
+    run, link = open_run(job()), Mock(shared=False, sending=False)
+    hosts, layout = run.loop._hosts, run.server.layout
+    host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
+    piece = Frame(Kind.PIECE, 3, stop=layout.num_floats, slot=host.number)
+    piece.payload = hosts._incoming.place(piece)
+    hosts.note(host, piece)
+    hosts._open[3] = Mock()  # type: ignore[index]
+    hosts.note(host, sum_frame(3, host.number, 0, Block(0, 1), 77, Partial(None, 1, 0.0, 1.0)))
+    assert hosts._early[3]
+    hosts.lose(link, "a test")
+    del hosts._open[3]  # type: ignore[attr-defined]
+    hosts.forget(3)
+    assert not hosts._early and not hosts._incoming._coming
+    run.hub.close()
+
+
+def test_an_owner_that_has_a_sum_that_is_not_wanted_leaves_it_where_it_is_still_coming():
+    run, link = open_run(job()), Mock(shared=False, sending=False)
+    hosts, layout = run.loop._hosts, run.server.layout
+    host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
+    what = sum_frame(3, host.number, 0, Block(0, 1), 77, Partial(None, 1, 0.0, 1.0))
+    for first, stop in ((0, 48), (48, layout.num_floats)):
+        piece = Frame(Kind.PIECE, 3, first=first, stop=stop, slot=host.number)
+        piece.payload = hosts._incoming.place(piece)
+        hosts._has(0, host, replace(what, kind=Kind.ARRIVED))  # in a round that is over
+        hosts.note(host, piece)
+    hosts.note(host, what)
+    assert not hosts._incoming._coming
+    run.hub.close()
+
+
 class CountingRelay(Relay):
     sums: ClassVar[list[tuple[int, int, int]]] = []
-    pulls: ClassVar[list[int]] = []
+    pulls: ClassVar[list[tuple[int, int, int]]] = []
 
-    def _send_sums(self, *work: Any) -> None:
+    def join(self, *server: Any) -> None:
         send = self._hub.send
 
-        def counting(link, sent):
+        def counting(link, sent, **how):
             if sent.kind is Kind.SUM:
                 self.sums.append((sent.round, sent.first, sent.stop))
-            send(link, sent)
+            send(link, sent, **how)
 
         self._hub.send = counting
-        super()._send_sums(*work)
-        self._hub.send = send
+        super().join(*server)
 
     def _take_parameters(self, frame: Frame) -> None:
-        self.pulls.append(frame.read)
+        self.pulls.append((frame.read, frame.first, frame.stop))
         super()._take_parameters(frame)
 
 
 def test_a_host_of_two_workers_sends_one_sum_and_takes_one_set_of_parameters_a_step(on_one_host):
     CountingRelay.sums, CountingRelay.pulls = [], []
     # Shards 0-1 of 4 on the server's host, 2-3 on the other.
-    assert finish(spread(job(num_workers=4), [2, 2], relay_cls=CountingRelay)) == on_one_host
+    run = spread(job(num_workers=4), [2, 2], relay_cls=CountingRelay)
+    assert finish(run) == on_one_host
     spans = [(first, stop) for _, first, stop in CountingRelay.sums]
     assert (2, 4) in spans and len(spans) < 2 * 27, "one a step, but where a change of shares split it"
-    assert CountingRelay.pulls == list(range(28))
+    for read in range(28):
+        pieces = sorted((first, stop) for update, first, stop in CountingRelay.pulls if update == read)
+        assert pieces[0][0] == 0 and pieces[-1][1] == run.server.layout.num_floats
+        assert len(pieces) > 3 and all(a[1] == b[0] for a, b in pairwise(pieces)), "each value once"
 
 
 class HastyRelay(Relay):
@@ -119,11 +216,11 @@ class HastyRelay(Relay):
     def _from_worker(self, worker: Any, frame: Frame) -> None:
         send, held = self._hub.send, []
 
-        def holding(link, sent):
+        def holding(link, sent, **how):
             if sent.kind is Kind.PUSH:
                 held.append((link, sent))
             else:
-                send(link, sent)
+                send(link, sent, **how)
 
         self._hub.send = holding
         super()._from_worker(worker, frame)
@@ -139,11 +236,40 @@ def test_sums_may_come_before_it_is_known_that_they_count(on_one_host, workers: 
     assert finish(run) == on_one_host
 
 
+class Slow(nn.Module):
+    """Its first backward passes get to its first layer once an owner has heard of a gradient from elsewhere."""
+
+    heard: ClassVar[threading.Event]
+    was_heard: ClassVar[list[bool]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.others = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.first(features)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.was_heard.append(self.heard.wait(10)))
+        return self.others(hidden)
+
+
+def slow() -> nn.Module:
+    return Slow()
+
+
+@pytest.mark.parametrize(("workers", "slices"), [([2, 2], 1), ([1, 2, 1], 2)])
+def test_gradients_leave_a_host_while_backward_computes_others(monkeypatch, workers: list[int], slices: int):
+    Slow.heard, Slow.was_heard = threading.Event(), []
+    take = Incoming.take
+    monkeypatch.setattr(Incoming, "take", lambda self, piece: (Slow.heard.set(), take(self, piece))[1])
+    spec = task({"factory": f"{__name__}:slow"})
+    finish(spread(replace(job(num_workers=sum(workers), slices=slices, max_steps=2), task=spec), workers))
+    assert Slow.heard.is_set() and all(Slow.was_heard)
+
+
 def test_a_sum_counts_only_where_it_is_of_the_pushes_that_count():
     member = Member(0, 7, InMemoryLink.pair()[0], None, 0)
-    pushes = [
-        Pushed(member, slot, Block(first, first + 1), Partial(None, 1, 0.0, 1.0)) for slot, first in ((0, 2), (1, 3))
-    ]
+    pushes = [Pushed(member, slot, Block(first, first + 1)) for slot, first in ((0, 2), (1, 3))]
     batch = Batch(pushes, 0.0, {0: 2})
     ours = [push.row for push in pushes]
     assert batch.has(Block(2, 4), pushes_digest(ours)) and batch.has(Block(3, 4), pushes_digest(ours[1:]))
@@ -171,15 +297,40 @@ def test_other_optimizers_do_not_mind_slices(name: str):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_averaged_weights_are_validated_on_every_host(staleness: int):
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_averaged_weights_are_validated_on_every_host(slices: int, staleness: int):
     averaging = AveragingConfig(decay=0.9)
     expected, report = train(replace(job(staleness=staleness), averaging=averaging))
-    run = spread(replace(job(num_workers=3, staleness=staleness), averaging=averaging), [1, 1, 1])
+    run = spread(replace(job(num_workers=3, staleness=staleness, slices=slices), averaging=averaging), [1, 1, 1])
     assert finish(run) == expected.outcome.parameters_sha256
     spread_report = run.reports.drain()
     assert not [event for event in spread_report.events if event.kind == "lost"]
     losses = [[each.metrics["loss"] for each in of.validations] for of in (spread_report, report)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def in_fp16(the_job: Job) -> Job:
+    """With a first scale that overflows for a few steps, which are left out."""
+    return replace(the_job, arithmetic=Arithmetic("fp16"), first_loss_scale=TOO_LARGE)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(("workers", "slices"), [([1, 2], 2), ([1, 1, 0], 3)])
+def test_all_slices_leave_out_what_overflows(staleness: int, workers: list[int], slices: int):
+    expected, report = train(in_fp16(job(staleness=staleness)))
+    run = spread(in_fp16(job(num_workers=sum(workers), staleness=staleness, slices=slices)), workers)
+    assert finish(run) == expected.outcome.parameters_sha256
+    steps = run.reports.drain().steps
+    assert 2 <= sum(r.overflowed for r in steps) < len(steps)
+    assert [r.loss_scale for r in steps] == [r.loss_scale for r in report.steps]
+
+
+@pytest.mark.parametrize("slices", [2, 3])
+def test_gradient_noise_is_the_same_in_slices(on_one_host, slices: int):
+    noise = GradientNoiseConfig(eta=0.1)
+    expected = train(replace(job(), gradient_noise=noise))[0].outcome.parameters_sha256
+    assert finish(spread(replace(job(num_workers=2, slices=slices), gradient_noise=noise), [1, 1, 0])) == expected
+    assert expected != on_one_host
 
 
 def test_a_quorum_over_hosts_takes_every_row_once_an_epoch():
@@ -206,17 +357,19 @@ class MortalRelay(Relay):
     when = ""
     died = 0
 
-    def _combine(self, frame: Frame) -> None:
+    def _from_server(self, frame: Frame) -> None:
+        if frame.kind is not Kind.COMBINE:
+            return super()._from_server(frame)
         self.combined = getattr(self, "combined", 0) + 1
         if self._slice is not None or len(self._workers) < 2 or self.combined < 5:
-            return super()._combine(frame)
+            return super()._from_server(frame)
         if self.when == "half":
             self._owners[max(self._owners)] = _Nowhere()
         if self.when != "before":
-            super()._combine(frame)
+            super()._from_server(frame)
         MortalRelay.died += 1
-        for worker in self._workers.values():
-            worker.link.close()
+        for each in self._workers.values():
+            each.link.close()
         self._workers.clear()
         raise KilledWorker
 
@@ -226,7 +379,7 @@ class _Nowhere:
 
     sending = shared = False
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: Frame, *how: Any) -> None:
         pass
 
 
@@ -303,9 +456,13 @@ def test_a_slice_that_hangs_is_lost_after_the_timeout():
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_stopped_and_resumed_at_another_number_of_slices(before: int, after: int, staleness: int):
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "noisy average"])
+def test_stopped_and_resumed_at_another_number_of_slices(before: int, after: int, staleness: int, kind: str):
     def job_of(**loop) -> Job:  # a plateau would look at the validation with which `max_steps` ends
-        return replace(job(staleness=staleness, **loop), schedule=ScheduleConfig(name="CosineAnnealingLR", T_max=20))
+        made = replace(job(staleness=staleness, **loop), schedule=ScheduleConfig(name="CosineAnnealingLR", T_max=20))
+        if kind == "noisy average":
+            return replace(made, averaging=AveragingConfig(decay=0.9), gradient_noise=GradientNoiseConfig(eta=0.1))
+        return in_fp16(made) if kind == "fp16" else made
 
     expected = train(job_of())[0].outcome.parameters_sha256
     first = spread(job_of(max_steps=13, num_workers=2, slices=before), [1, 1, 0])

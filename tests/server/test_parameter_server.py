@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from distrain.config import OptimizerConfig
-from distrain.exchange.memory import Layout, views
+from distrain.config import AveragingConfig, OptimizerConfig
+from distrain.exchange.layout import Layout, Span, views
 from distrain.exchange.slices import cut
 from distrain.learning.clipping import total_norm
+from distrain.learning.optimizers import optimizer_names
 from distrain.reduction import Partial
 from distrain.server.parameter_server import ParameterServer
 
@@ -67,3 +68,44 @@ def test_the_squared_norms_do_not_depend_on_the_slices():
 
     assert squares(1) == squares(3)
     assert math.isfinite(total_norm(squares(3)))
+
+
+def partly_frozen() -> nn.Module:
+    """A part of it, as it is updated below, has no parameter that is trained."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Linear(16, 5))
+    made[2].requires_grad_(False)
+    return made
+
+
+@pytest.mark.parametrize("name", [name for name in optimizer_names() if name != "Muon"])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_parameters_updated_part_by_part_are_those_updated_at_once(monkeypatch, name: str, staleness: int):
+    monkeypatch.setattr("distrain.exchange.layout.PIECE_FLOATS", 32)
+    decay = (
+        {"weight_decay": 0.1} if name not in ("Rprop",) else {}
+    )  # in groups of their own: biases and norms go without
+    config = OptimizerConfig(name=name, lr=0.01, **decay)
+    averaging = AveragingConfig()
+    at_once, in_parts = (
+        ParameterServer(partly_frozen(), config, staleness=staleness, averaging=averaging) for _ in range(2)
+    )
+    layout = at_once.layout
+    for step in range(1, 4):
+        told: list[Span] = []
+
+        def publish(read: int, span: Span, told=told, step=step) -> None:
+            assert read == step
+            values = slice(span.start, span.stop)
+            assert torch.equal(
+                in_parts.published[step % (staleness + 1)].floats[values], in_parts.current.floats[values]
+            )
+            told.append(span)
+
+        in_parts.publish = publish
+        for server in (at_once, in_parts):
+            server.apply((Partial(some_sum(layout, step), 10, 1.0, 3.0),), step)
+        assert len(told) > 3 and [span.start for span in told] == [0, *(span.stop for span in told[:-1])]
+        assert told[-1].stop == layout.num_floats
+        for ours, theirs in zip(in_parts.readable, at_once.readable, strict=True):
+            assert torch.equal(ours.floats, theirs.floats) and torch.equal(ours.ints, theirs.ints)

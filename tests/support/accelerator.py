@@ -28,6 +28,9 @@ class FakeEvent:
     number: int
     versions: dict[int, int]
 
+    def synchronize(self) -> None:
+        self.stream.run(self.number)
+
 
 @dataclass
 class FakeStream:
@@ -111,6 +114,14 @@ class FakeGpu:
         brought = torch.empty_like(tensor)
         self._put_off(brought, tensor.clone())
         return brought
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        if self._current.computes:
+            raise TrainingError("the host would wait for all that is computed")
+        self.log.append("fetch")
+        fetched = torch.empty_like(tensor)
+        self._put_off(fetched, tensor)
+        return fetched
 
     def _put_off(self, into: Tensor, source: Tensor) -> None:
         into.fill_(torch.nan if into.is_floating_point() else 0)

@@ -20,14 +20,9 @@ _STEP = 6
 def build(moment: str | None = None, flag: str = "") -> nn.Module:
     """An MLP of 4 features and 3 classes. Whoever makes the file `flag` first dies at `moment` of about step 6; without
     a flag everybody does, each time."""
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), _Probe(moment, flag), nn.Linear(16, 3)
     )
-    if moment == "reading":
-        _before(reader._Stream, "fill", lambda calls, *_: calls == 2 and _die(flag))
-    elif moment in ("pushing", "pushed"):
-        _instead_of_send(moment, flag)
-    return model
 
 
 class _Probe(nn.Module):
@@ -37,6 +32,8 @@ class _Probe(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self._calls += self.training
+        if self._calls == 1 and self.training:
+            self._set_trap()
         if self._calls == _STEP and self.training:
             if self._moment == "forward":
                 _die(self._flag)
@@ -49,6 +46,14 @@ class _Probe(nn.Module):
             self._hoard = bytearray(os.urandom(1 << 20) * (_HUNGRY_BYTES >> 20))
             time.sleep(10)  # for whoever watches memory
         return hidden
+
+    def _set_trap(self) -> None:
+        """In a worker's process alone: the driver builds the model too, and is a process of other tests as well."""
+        flag = self._flag
+        if self._moment == "reading":
+            _before(reader._Stream, "fill", lambda calls, *_: calls == 2 and _die(flag))
+        elif self._moment in ("pushing", "pushed"):
+            _instead_of_send(self._moment, flag)
 
 
 def _die(flag: str) -> None:
@@ -82,13 +87,13 @@ def _before(owner: Any, name: str, act: Any) -> None:
 def _instead_of_send(moment: str, flag: str) -> None:
     original, calls = SocketLink.send, 0
 
-    def send(link: SocketLink, frame: Any) -> None:
+    def send(link: SocketLink, frame: Any, *how: Any) -> None:
         nonlocal calls
         calls += frame.kind is Kind.PUSH
         if frame.kind is Kind.PUSH and calls == _STEP and moment == "pushing" and _claim(flag):
             os.write(link.fileno(), b"\0" * 7)  # a part of a frame
             os.kill(os.getpid(), signal.SIGKILL)
-        original(link, frame)
+        original(link, frame, *how)
         if frame.kind is Kind.PUSH and calls == _STEP and moment == "pushed":
             _die(flag)
 

@@ -1,11 +1,13 @@
-"""A link without sockets: a small real implementation that passes the contract tests of the real ones."""
+"""Links for tests: pairs of real ones, and one without sockets, a small real implementation that passes their contract
+tests."""
 
 from __future__ import annotations
 
 import queue
+import socket
 
 from distrain.errors import LinkError
-from distrain.exchange.link import Frame
+from distrain.exchange.link import Frame, SocketLink
 
 _END = object()
 
@@ -37,3 +39,15 @@ class InMemoryLink:
 
     def close(self) -> None:
         self._outgoing.put(_END)
+
+
+def socket_pair(family: str) -> tuple[SocketLink, SocketLink]:
+    """Two ends of a connected stream."""
+    if family == "unix":
+        a, b = socket.socketpair()
+    else:
+        listener = socket.create_server(("127.0.0.1", 0))
+        a = socket.create_connection(listener.getsockname())
+        b, _ = listener.accept()
+        listener.close()
+    return SocketLink(a), SocketLink(b)

@@ -22,8 +22,8 @@ from distrain.config import (
 )
 from distrain.devices import Arithmetic, Device, HostDevice
 from distrain.errors import DistrainError
+from distrain.exchange.layout import Layout
 from distrain.exchange.link import Frame, Hub, Kind
-from distrain.exchange.memory import Layout
 from distrain.exchange.slices import cut
 from distrain.exchange.wire import WIRES
 from distrain.learning.annealing import GradientNoise
@@ -133,6 +133,9 @@ def start_worker(
             worker.run()
         except (DistrainError, KilledWorker):
             pass  # it told the server, or the server knows from the link's end
+        except BaseException:
+            worker._link.close()  # as its process's end would: a test that is wrong fails, and does not wait for ever
+            raise
 
     thread = threading.Thread(target=work, name=f"worker {rank}", daemon=True)
     thread.start()
