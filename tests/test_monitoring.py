@@ -25,7 +25,7 @@ from tests.support.records import step
 MONITORING = Path(__file__).parents[1] / "cluster/monitoring"
 DASHBOARD = json.loads((MONITORING / "distrain.json").read_text())
 RUN = "watched"
-ROWS, EPOCHS, STEPS = 300, 60, 600  # 32 rows a step
+ROWS, EPOCHS, STEPS = 300, 150, 1500  # 32 rows a step; long enough to be seen several times
 
 
 def expressions() -> list[str]:
@@ -117,7 +117,12 @@ def test_prometheus_has_an_answer_to_what_the_dashboard_asks(watched: Watched):
     }
     assert len(values) == len(expressions())
     assert [expression for expression, found in values.items() if not found] == [], "each has a series"
-    assert all(math.isfinite(value) and value >= 0 for found in values.values() for value in found.values())
+    odd = {
+        expression: found
+        for expression, found in values.items()
+        if not all(math.isfinite(value) and value >= 0 for value in found.values())
+    }
+    assert odd == {}
     [steps] = [found[""] for expression, found in values.items() if expression.startswith("ray_distrain_step{")]
     assert steps == STEPS
     [median, *others] = [found[""] for expression, found in values.items() if expression.startswith("histogram")]

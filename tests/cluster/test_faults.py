@@ -125,8 +125,8 @@ def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(u
     def lose_two() -> None:
         first = workers_of(os.getpid())[0]
         first.kill()
+        wait_for(lambda: len(watcher.of_kind("joined")) == 3, what="the first one's replacement")  # a spare so far, too
         spares.extend(wait_for(lambda: workers_of(os.getpid(), "SpareActor"), what="the spare"))
-        wait_for(lambda: len(watcher.of_kind("joined")) == 3, what="the first one's replacement")
         workers_of(os.getpid())[0].kill()
         wait_for(lambda: spares[0].pid in [process.pid for process in workers_of(os.getpid())], 10, "the takeover")
 
