@@ -26,16 +26,16 @@ from distrain.exchange.link import Address, Frame, Hub, Kind, SocketLink, connec
 from distrain.exchange.memory import Published, PushSlots
 from distrain.exchange.slices import cut
 from distrain.exchange.state import pack_state, unpack_state
-from distrain.exchange.sums import Incoming, partial_of, send_parameters, withdraw_parameters
+from distrain.exchange.sums import send_parameters, withdraw_parameters
 from distrain.exchange.wire import Wire
 from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer
-from distrain.reduction import Block, Partial, TreeSum
 from distrain.server.hosts import AVERAGED, PARAMETERS
 from distrain.server.parameter_server import ParameterServer
+from distrain.server.slice_sums import SliceSums
 
 _POLL_SECONDS = 0.25
 _CONNECTING_SECONDS = 0.01  # between looks at links that are being opened
-_SUMS = (Kind.PIECE, Kind.VOID, Kind.SUM)
+_SUMS = (Kind.OPEN, Kind.PIECE, Kind.VOID, Kind.SUM)
 _EXCHANGE = (Kind.SHARE, Kind.PUBLISH, *_SUMS)  # what is dealt with while an update waits
 
 
@@ -74,11 +74,11 @@ class Relay:
         self._layout, self._num_shards, self._token = layout, num_shards, token
         self._slice, self._server = slice_, server
         self._spans = cut(layout, num_slices)
-        self._incoming = Incoming(self._wire, self._spans[slice_]) if slice_ is not None else None
+        self._slice_sums = SliceSums(server, is_ahead=True) if server is not None else None
         self._hub = Hub(token, ip if slice_ is not None else None)
         self._arrived: dict[tuple[int, int], int] = {}  # (slice, version) -> the update whose parameters are here
         self._owners: dict[int, SocketLink] = {}  # by slice, but for our own
-        self._host_sums = HostSums(layout, self._wire, self._hub, num_slices, slice_, self._owners, self._keep)
+        self._host_sums = HostSums(layout, self._wire, self._hub, num_slices, slice_, self._owners, self._take_of_sum)
         self._peers: dict[SocketLink, int] = {}  # relays of other hosts, if we own a slice, and their numbers
         self._opened: queue.SimpleQueue[tuple[int, SocketLink | LinkError]] = queue.SimpleQueue()
         self._to_open = 0
@@ -89,7 +89,6 @@ class Relay:
         self._workers: dict[int, _Worker] = {}
         self._by_link: dict[SocketLink, _Worker] = {}
         self._tasks: list[Frame] = []  # whose parameters are not all here
-        self._sums: dict[int, dict[tuple[int, int, int], Partial]] = {}  # round -> (host, first place, stop) -> sum
         self._shared: Any = None
         self._waiting: deque[tuple[SocketLink, Frame | LinkError]] = deque()  # what has come
 
@@ -161,7 +160,7 @@ class Relay:
                 self._host_sums.combine(frame.round, unpack_integers(frame, 4))
             case Kind.PUBLISH:
                 self._take_parameters(frame)
-            case Kind.PIECE | Kind.VOID | Kind.SUM:
+            case Kind.OPEN | Kind.PIECE | Kind.VOID | Kind.SUM:
                 self._take_of_sum(frame)
             case Kind.APPLY:
                 self._apply(frame)
@@ -301,8 +300,8 @@ class Relay:
 
     def _gone(self, link: SocketLink) -> None:
         """A link has ended."""
-        if (number := self._peers.pop(link, None)) is not None and self._incoming is not None:
-            self._incoming.lose(number)
+        if (number := self._peers.pop(link, None)) is not None and self._slice_sums is not None:
+            self._slice_sums.lose(number)
         if (worker := self._by_link.get(link)) is not None:
             self._forget(worker)
             self._hub.send(self._control, Frame(Kind.LEFT, incarnation=worker.incarnation))
@@ -322,8 +321,8 @@ class Relay:
         """Where a payload goes."""
         if frame.kind is Kind.PUBLISH:
             return self._wire.parameters(self._published[frame.version], Span(frame.first, frame.stop))
-        if frame.kind is Kind.PIECE and self._incoming is not None:
-            return self._incoming.place(frame)
+        if frame.kind is Kind.PIECE and self._slice_sums is not None:
+            return self._slice_sums.place(frame)
         return None
 
     def _take_parameters(self, frame: Frame) -> None:
@@ -369,46 +368,28 @@ class Relay:
 
     # Gradients
 
-    def _keep(self, what: Frame, vector: Tensor) -> None:
-        """This host has a sum of its own over our slice."""
-        assert self._incoming is not None
-        self._incoming.keep(what, vector)
-        self._take_of_sum(what)
-
-    def _take_of_sum(self, what: Frame) -> None:
-        """A host sends what belongs to a sum over our slice."""
-        assert self._incoming is not None
-        if what.kind is Kind.PIECE:
-            self._incoming.take(what)
-            return
-        if what.kind is Kind.VOID:
-            self._incoming.drop(what)
-            return
-        part = replace(partial_of(what), vector=self._incoming.whole(what))
-        self._sums.setdefault(what.round, {})[what.slot, what.first, what.stop] = part
-        self._hub.send(self._control, replace(what, kind=Kind.ARRIVED))
+    def _take_of_sum(self, what: Frame, vector: Tensor | None = None) -> None:
+        """A host, or this one, says something of a sum over our slice."""
+        assert self._slice_sums is not None
+        self._slice_sums.take(what, vector)
+        if what.kind is Kind.SUM:
+            self._hub.send(self._control, replace(what, kind=Kind.ARRIVED))
 
     def _apply(self, frame: Frame) -> None:
         """Update our slice with a round's sums, and send its parameters to every host."""
-        assert self._server is not None and self._slice is not None and self._incoming is not None
-        sums = self._sums.pop(frame.round, {})
-        tree = TreeSum(frame.samples, self._wire.rounding(frame.step - 1, self._spans[self._slice].start))
-        for key in unpack_integers(frame, 3):
-            host, first, stop = key
-            tree.put(Block(first, stop), sums[host, first, stop])
-        halves = tree.halves()
+        assert self._server is not None and self._slice is not None and self._slice_sums is not None
+        keys = [(host, number) for host, number in unpack_integers(frame, 2)]
+        gathered = self._slice_sums.gather(frame.round, frame.step - 1, frame.samples, keys)
         try:
-            if any(half.samples for half in halves):
-                self._server.apply(halves, frame.step, scale=frame.loss, late=tree.late)
+            if any(half.samples for half in gathered.halves):
+                self._server.apply(gathered, frame.step, scale=frame.loss)
             else:  # all of it was skipped
                 self._server.skip(frame.step)
         except (DivergenceError, TrainingDataError):  # the server finds the same, and says what follows
             return
+        finally:
+            self._slice_sums.forget(lambda round_: round_ == frame.round or round_ < frame.read)
         self._arrived[self._slice, self._server.version(frame.step, is_validation=False)] = frame.step
-        oldest_open = frame.read
-        for over in [round_ for round_ in self._sums if round_ < oldest_open]:
-            del self._sums[over]
-        self._incoming.forget(lambda round_: round_ == frame.round or round_ < oldest_open)
         self._pass_tasks_on()
 
     def _share(self, values: list[float]) -> list[float]:

@@ -27,7 +27,7 @@ from distrain.data.dataset import open_dataset
 from distrain.exchange.layout import views
 from distrain.learning.losses import Loss
 from distrain.reduction import Partial
-from distrain.server.parameter_server import ParameterServer
+from distrain.server.parameter_server import Gathered, ParameterServer
 from distrain.tracking.pictures import log_figure
 
 ROWS = Path(__file__).parent / "data" / "diabetes" / "train.parquet"
@@ -58,7 +58,7 @@ def descend(features: Tensor, label: Tensor, lr: float) -> tuple[np.ndarray, lis
         (gradient,) = torch.autograd.grad(total, list(model.parameters()))
         vector = torch.zeros(server.layout.num_floats)
         views(vector, server.layout.parameters)[0].copy_(gradient)
-        update = server.apply((Partial(vector, len(label), total.item(), weight),), step)
+        update = server.apply(Gathered((Partial(vector, len(label), total.item(), weight),)), step)
         path.append(model.weight.detach().numpy().copy()[0])
         losses.append(update.loss)
     losses.append(loss.per_sample(model(features), label).mean().item())

@@ -20,7 +20,7 @@ from distrain.exchange.layout import Layout, Span
 from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pushes_digest
 from distrain.exchange.memory import PushSlots
 from distrain.exchange.slices import cut
-from distrain.exchange.sums import partial_of, send_piece, sum_frame
+from distrain.exchange.sums import open_frame, partial_of, piece_frame, send_piece, sum_frame
 from distrain.exchange.wire import Wire
 from distrain.reduction import Block, Merge, Partial, TreeSum
 
@@ -29,8 +29,9 @@ _REMEMBERED = 8  # rounds whose pushes are kept, beyond those in flight
 Row = tuple[int, ...]
 """A push: (incarnation, slot, first place, stop)."""
 
-Keep = Callable[[Frame, Tensor], None]
-"""Takes the host's own sum over the slice that it owns: the frame that says what it is, and its float32 values."""
+Keep = Callable[[Frame, Tensor | None], None]
+"""Takes what is said of a sum over the slice that the host itself owns. Pieces have no payload: the float32 values are
+where the frame that opens the sum comes with them."""
 
 
 @dataclass(eq=False)
@@ -78,7 +79,7 @@ class _Work:
 
 class HostSums:
     """The sums of one host, whose `number` is set before the first. `links` lead to the owners of slices, but for the
-    slice `own`, whose sums go to `keep`. There are `num_sets` sets of push slots."""
+    slice `own`, whose sums are told to `keep`. There are `num_sets` sets of push slots."""
 
     def __init__(
         self,
@@ -191,6 +192,8 @@ class HostSums:
         nodes = [(next(self._numbers), block, part) for block, part in tree]
         lacking = {row: {p: len(p) for p in self._pieces} if row not in work.said else {} for row in parts}
         work.sum = _Sum(parts, merges, nodes, lacking, set(self._pieces))
+        for number, block, part in nodes:
+            self._tell(open_frame(round_, work.step, work.count, self.number, number, block), part.vector)
         for row in parts:
             for span in work.ready.get(row, []):
                 self._advance(round_, work.sum, row, span)
@@ -217,11 +220,12 @@ class HostSums:
         for merge in sum_.merges:
             merge.add(slice(piece.start, piece.stop))
         slice_ = self._pieces[piece]
-        if slice_ == self._own:
-            return
         for number, _, part in sum_.nodes:
-            link = self._links[slice_]
-            send_piece(self._hub, self._wire, round_, self.number, number, part.vector, piece, link)
+            if slice_ == self._own:
+                self._keep(piece_frame(round_, self.number, number, piece), None)
+            else:
+                link = self._links[slice_]
+                send_piece(self._hub, self._wire, round_, self.number, number, part.vector, piece, link)
 
     def _finish(self, round_: int, work: _Work, rows: frozenset[Row]) -> None:
         """Have the owners know a sum of these pushes, all of which are there."""
@@ -237,11 +241,7 @@ class HostSums:
             merge.add_numbers()
         for number, block, part in sum_.nodes:
             digest = pushes_digest(row for row in rows if block.first <= row[2] < block.stop)
-            what = sum_frame(round_, self.number, number, block, digest, part)
-            for link in self._links.values():
-                self._hub.send(link, what, bulk=True)
-            if self._own_span is not None:
-                self._keep(what, part.vector[self._own_span.start : self._own_span.stop])
+            self._tell(sum_frame(round_, self.number, number, block, digest, part))
         work.sum = None
         work.ahead.append(rows)
         work.waiting -= rows
@@ -252,8 +252,16 @@ class HostSums:
         work.sum = None
         for link in self._links.values() if numbers else ():
             link.withdraw(lambda frame: frame.kind is Kind.PIECE and frame.version in numbers)
-            for number in numbers:
-                self._hub.send(link, Frame(Kind.VOID, slot=self.number, version=number), bulk=True)
+        for number in numbers:
+            self._tell(Frame(Kind.VOID, slot=self.number, version=number))
+
+    def _tell(self, what: Frame, vector: Tensor | None = None) -> None:
+        """Say something of a sum, whose values over the whole vector are these, to the owners of all slices."""
+        for link in self._links.values():
+            self._hub.send(link, what, bulk=True)
+        if self._own_span is not None:
+            own = vector[self._own_span.start : self._own_span.stop] if vector is not None else None
+            self._keep(what, own)
 
     def _end(self, work: _Work) -> None:
         """A round is over."""

@@ -57,11 +57,13 @@ class Kind(IntEnum):
     ROSTER = 20  # server -> relay: where the slices' owners listen; relay -> server: they are reached
     LEFT = 21  # relay -> server: a worker's link has ended; server -> relay: end it
     COMBINE = 22  # server -> relay: these pushes count; their sums are to be with the owners
-    PIECE = 23  # host -> owner: values [first, stop) of a sum to which the host `slot` has given the number `version`
-    SUM = 24  # host -> owner: the pieces of that number are the sum over a block of places, of pushes of this digest
+    OPEN = 32  # host -> owner: pieces follow of a sum over a block of places, to which the host `slot` has given the
+    # number `version`
+    PIECE = 23  # host -> owner: values [first, stop) of the sum of that number
+    SUM = 24  # host -> owner: those were all; it is a sum of pushes of this digest
     VOID = 25  # host -> owner: the sum of that number will not be finished
     ARRIVED = 26  # owner -> server: such a sum is here; `slot` is the host it came from, `read` its pushes' digest
-    APPLY = 27  # server -> owner: add these sums up and update
+    APPLY = 27  # server -> owner: update with these sums, rows of (host, number)
     SHARE = 28  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
     VALIDATED = 29  # server -> owner: the loss of a validation
     COLLECT = 30  # server -> owner: send the optimizer's state of your slice
@@ -82,7 +84,7 @@ class Frame:
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
     read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum: its pushes' digest.
     # Welcome: 1: say READY. Apply: the oldest round that is not over
-    samples: int = 0  # push: rows of the block; task: how many places the round has
+    samples: int = 0  # push: rows of the block; task, open, apply: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
     loss: float = 0.0  # push: sum over the samples; task: what the loss is multiplied by for fp16, 0: nothing
     weight: float = 0.0  # sum of the rows' weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -19,9 +19,17 @@ from distrain.reduction import Block, Partial
 _FLOAT_BYTES = 4
 
 
+Key = tuple[int, int]
+"""A sum: (host, its number for it)."""
+
+
+def open_frame(round_: int, step: int, count: int, host: int, number: int, block: Block) -> Frame:
+    """What says that pieces of a host's sum of this number follow: over a block of the `count` places of a round."""
+    return Frame(Kind.OPEN, round_, step, block.first, block.stop, slot=host, version=number, samples=count)
+
+
 def sum_frame(round_: int, host: int, number: int, block: Block, digest: int, part: Partial) -> Frame:
-    """What says that the pieces of a host's sum of this number are a sum over a block of places, of pushes of this
-    digest."""
+    """What says that a host's sum of this number has been sent, and is of pushes of this digest."""
     return Frame(
         Kind.SUM,
         round_,
@@ -42,13 +50,18 @@ def partial_of(frame: Frame) -> Partial:
     return Partial(None, frame.samples, frame.loss, frame.weight, squares=frame.squares)
 
 
+def piece_frame(round_: int, host: int, number: int, piece: Span) -> Frame:
+    """What says that a piece of a host's sum of this number is there."""
+    return Frame(Kind.PIECE, round_, first=piece.start, stop=piece.stop, slot=host, version=number)
+
+
 def send_piece(
     hub: Hub, wire: Wire, round_: int, host: int, number: int, vector: Tensor, piece: Span, link: SocketLink
 ) -> None:
     """Send a piece of a host's sum of this number."""
-    payload = wire.pack_sum(vector, piece)
-    frame = Frame(Kind.PIECE, round_, first=piece.start, stop=piece.stop, slot=host, version=number, payload=payload)
-    hub.send(link, frame, bulk=True, then=partial(wire.sent, payload))
+    frame = piece_frame(round_, host, number, piece)
+    frame.payload = wire.pack_sum(vector, piece)
+    hub.send(link, frame, bulk=True, then=partial(wire.sent, frame.payload))
 
 
 def send_parameters(
@@ -70,11 +83,20 @@ def withdraw_parameters(version: int, links: Iterable[SocketLink]) -> None:
 
 
 @dataclass(eq=False)
-class _Coming:
-    """A sum of which not all has come. `num_floats` have."""
+class Coming:
+    """A sum over the slice of an owner, of which not all has come. `memory` is what is to be given back, where it does
+    not stay where it is; `opened` the frame that said what it is of; `pieces` have come."""
 
-    memory: memoryview
-    num_floats: int = 0
+    vector: Tensor
+    memory: memoryview | None = None
+    opened: Frame | None = None
+    pieces: list[Span] = field(default_factory=list)
+
+    @property
+    def block(self) -> Block:
+        """The places that it is over."""
+        assert self.opened is not None
+        return Block(self.opened.first, self.opened.stop)
 
 
 class Incoming:
@@ -82,44 +104,47 @@ class Incoming:
 
     def __init__(self, wire: Wire, span: Span) -> None:
         self._wire, self._span = wire, span
-        self._coming: dict[tuple[int, int], _Coming] = {}
+        self._coming: dict[Key, Coming] = {}
         self._lent: dict[int, list[memoryview]] = {}  # by round
-        self._own: dict[tuple[int, int], Tensor] = {}  # of the owner's host, which stay where they are
 
     def place(self, piece: Frame) -> memoryview:
         """Where a piece's payload goes."""
-        key = piece.slot, piece.version
-        if key not in self._coming:
-            self._coming[key] = _Coming(self._wire.pool.take(_FLOAT_BYTES * len(self._span)))
-        return self._wire.sum_place(self._coming[key].memory, self._span, Span(piece.first, piece.stop))
+        memory = self._of(piece).memory
+        assert memory is not None
+        return self._wire.sum_place(memory, self._span, Span(piece.first, piece.stop))
 
-    def take(self, piece: Frame) -> None:
-        """A piece has come."""
-        coming = self._coming[piece.slot, piece.version]
-        self._wire.unpack_sum(piece.payload, coming.memory, self._span, Span(piece.first, piece.stop))
-        coming.num_floats += piece.stop - piece.first
+    def open(self, what: Frame, vector: Tensor | None) -> None:
+        """A sum begins. Where `vector` is given, it is of the owner's own host, and its values come to lie there."""
+        if vector is not None:
+            self._coming[_key(what)] = Coming(vector)
+        self._of(what).opened = what
 
-    def keep(self, what: Frame, vector: Tensor) -> None:
-        """The owner's own host has a sum."""
-        self._own[what.slot, what.version] = vector
+    def take(self, piece: Frame) -> Span:
+        """A piece has come. Returns its place in the slice."""
+        coming, span = self._coming[_key(piece)], Span(piece.first, piece.stop)
+        if coming.memory is not None:
+            self._wire.unpack_sum(piece.payload, coming.memory, self._span, span)
+        coming.pieces.append(Span(span.start - self._span.start, span.stop - self._span.start))
+        return coming.pieces[-1]
 
-    def whole(self, what: Frame) -> Tensor:
-        """The float32 values of a sum, all of whose pieces came before the frame that says what it is: on loan until
-        its round is forgotten."""
-        if (own := self._own.pop((what.slot, what.version), None)) is not None:
-            return own
-        coming = self._coming.pop((what.slot, what.version), None)
-        if coming is None or coming.num_floats != len(self._span):
-            came = 0 if coming is None else coming.num_floats
+    def of(self, round_: int) -> dict[Key, Coming]:
+        """What is coming, or has come, of a round."""
+        return {k: c for k, c in self._coming.items() if c.opened is not None and c.opened.round == round_}
+
+    def whole(self, what: Frame) -> Coming:
+        """A sum, all of whose pieces came before the frame that says so: on loan until its round is forgotten."""
+        coming = self._coming.pop(_key(what), None)
+        came = sum(map(len, coming.pieces)) if coming is not None else 0
+        if coming is None or coming.opened is None or came != len(self._span):
             raise LinkError(f"of a sum of {len(self._span)} values, {came} came")
-        self._lent.setdefault(what.round, []).append(coming.memory)
-        return torch.frombuffer(coming.memory, dtype=torch.float32)
+        if coming.memory is not None:
+            self._lent.setdefault(what.round, []).append(coming.memory)
+        return coming
 
     def drop(self, what: Frame) -> None:
         """A sum is of no use. To be called when none of its pieces is being received."""
-        key = what.slot, what.version
-        self._own.pop(key, None)
-        if (coming := self._coming.pop(key, None)) is not None:
+        coming = self._coming.pop(_key(what), None)
+        if coming is not None and coming.memory is not None:
             self._wire.pool.give(coming.memory)
 
     def forget(self, is_over: Callable[[int], bool]) -> None:
@@ -128,7 +153,19 @@ class Incoming:
             for memory in self._lent.pop(number):
                 self._wire.pool.give(memory)
 
-    def lose(self, host: int) -> None:
-        """A host is gone: what it began to send never becomes whole."""
-        for key in [key for key in self._coming if key[0] == host]:
+    def lose(self, host: int) -> list[Key]:
+        """A host is gone: what it began to send never becomes whole. Returns what that is."""
+        lost = [key for key in self._coming if key[0] == host]
+        for key in lost:
             del self._coming[key]
+        return lost
+
+    def _of(self, what: Frame) -> Coming:
+        if _key(what) not in self._coming:
+            memory = self._wire.pool.take(_FLOAT_BYTES * len(self._span))
+            self._coming[_key(what)] = Coming(torch.frombuffer(memory, dtype=torch.float32), memory)
+        return self._coming[_key(what)]
+
+
+def _key(what: Frame) -> Key:
+    return what.slot, what.version

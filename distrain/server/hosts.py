@@ -13,7 +13,6 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -24,11 +23,12 @@ from distrain.exchange.layout import Span
 from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers
 from distrain.exchange.slices import cut
 from distrain.exchange.state import pack_state, unpack_state
-from distrain.exchange.sums import Incoming, partial_of, send_parameters, withdraw_parameters
+from distrain.exchange.sums import Key, send_parameters, withdraw_parameters
 from distrain.learning.optimizer_state import merge_optimizers, optimizer_of, pack_optimizer, unpack_optimizer
 from distrain.reduction import Block
 from distrain.server.members import Batch, Host
 from distrain.server.parameter_server import ParameterServer
+from distrain.server.slice_sums import Gathered, SliceSums
 
 _POLL_SECONDS = 0.25
 OPTIMIZER, PARAMETERS, AVERAGED = 0, 1, 2  # what COLLECT asks for: its `slot`
@@ -63,14 +63,14 @@ class Hosts:
         self._owners: dict[int, Host] = {}  # by slice, without the server's own
         self._links: dict[int, SocketLink] = {}  # to them
         self.local_sums = HostSums(
-            server.layout, self._wire, hub, num_slices, self._own, self._links, self._keep, window
+            server.layout, self._wire, hub, num_slices, self._own, self._links, self._take_own, window
         )
         self._by_link: dict[SocketLink, Host] = {}
         self._by_number: dict[int, Host] = {} if self.local is None else {0: self.local}
         self._numbers = 0
         self._stash: deque[tuple[SocketLink, Frame | LinkError]] = deque()
-        self._incoming = Incoming(self._wire, server.span)
-        self._sums: dict[int, list[tuple[int, int, int]]] = {}  # by round: (host, first place, stop) that count
+        self.sums = SliceSums(server, is_ahead=num_slices > 1)
+        self._counted: dict[int, list[Key]] = {}  # by round: sums
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
         self._step = 0
         self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
@@ -140,7 +140,7 @@ class Hosts:
         """A relay is gone. Raises ServerLost when it owned a slice."""
         host = self._by_link.pop(link)
         del self._by_number[host.number]
-        self._incoming.lose(host.number)
+        self.sums.lose(host.number)
         for round_, early in self._early.items():
             self._early[round_] = [each for each in early if each[1] is not host]
         if not self._by_link:
@@ -170,11 +170,15 @@ class Hosts:
         for slice_, sender, frame in self._early.pop(round_, []):
             self._has(slice_, sender, frame)
 
-    def _keep(self, what: Frame, vector: Tensor) -> None:
-        """The server's own host has a sum over the server's slice."""
+    def _take(self, host: Host, what: Frame, vector: Tensor | None = None) -> None:
+        """A host, or the server's, says something of a sum over the server's slice."""
+        self.sums.take(what, vector)
+        if what.kind is Kind.SUM:
+            self._has(self._own, host, what)
+
+    def _take_own(self, what: Frame, vector: Tensor | None) -> None:
         assert self.local is not None
-        self._incoming.keep(what, vector)
-        self._has(self._own, self.local, what)
+        self._take(self.local, what, vector)
 
     def note(self, host: Host, frame: Frame) -> bool:
         """Take what a relay says on its own account. Whether it was that, and not a worker's word."""
@@ -190,12 +194,8 @@ class Hosts:
                 self._wire.unpack_parameters(self._server.published[frame.version], span)
                 if host.slice is not None and span.stop == self._spans[host.slice].stop:
                     host.published = frame.read
-            case Kind.PIECE:
-                self._incoming.take(frame)
-            case Kind.VOID:
-                self._incoming.drop(frame)
-            case Kind.SUM:
-                self._has(self._own, host, frame)
+            case Kind.OPEN | Kind.PIECE | Kind.VOID | Kind.SUM:
+                self._take(host, frame)
             case Kind.ARRIVED:
                 sender = self._by_number.get(frame.slot)
                 if sender is not None and host.slice is not None:
@@ -211,17 +211,10 @@ class Hosts:
         batch = next((batch for batch in host.batches.get(frame.round, []) if batch.has(block, frame.read)), None)
         if batch is None and frame.round in self._open:
             self._early.setdefault(frame.round, []).append((slice_, host, frame))
-        elif batch is None or (slice_, block) in batch.came:
-            self._refuse(frame)
-        else:
-            if frame.kind is Kind.SUM:
-                batch.parts.append((block, replace(partial_of(frame), vector=self._incoming.whole(frame))))
+        elif batch is not None and (slice_, block) not in batch.came:
+            if slice_ == self._own:
+                batch.sums.append(((host.number, frame.version), block))
             self._arrived(slice_, host, frame.round, batch, block)
-
-    def _refuse(self, frame: Frame) -> None:
-        """A sum does not count. Where it is another owner's that is there, ours may still be coming."""
-        if frame.kind is Kind.SUM:
-            self._incoming.drop(frame)
 
     def _arrived(self, slice_: int, host: Host, round_: int, batch: Batch, block: Block) -> None:
         batch.came.add((slice_, block))
@@ -230,13 +223,13 @@ class Hosts:
             del batch.missing[slice_]
         if not batch.missing:
             host.batches[round_].remove(batch)
-            self._sums.setdefault(round_, []).extend((host.number, b.first, b.stop) for b, _ in batch.parts)
+            self._counted.setdefault(round_, []).extend(key for key, _ in batch.sums)
             self._settled(host, round_, batch)
 
     def _place(self, frame: Frame) -> memoryview | None:
         """Where a relay's payload goes."""
         if frame.kind is Kind.PIECE:
-            return self._incoming.place(frame)
+            return self.sums.place(frame)
         if frame.kind is Kind.PUBLISH:
             return self._wire.parameters(self._server.published[frame.version], Span(frame.first, frame.stop))
         return None
@@ -254,24 +247,27 @@ class Hosts:
 
     def forget(self, round_: int) -> None:
         """A round is over and applied: its buffers are free."""
-        self._sums.pop(round_, None)
-        self._incoming.forget(lambda number: number == round_)
+        self._counted.pop(round_, None)
+        self.sums.forget(lambda number: number not in self._open)
         for number in [number for number in self._early if number not in self._open]:
-            for _, _, frame in self._early.pop(number):
-                self._refuse(frame)
+            del self._early[number]
 
     # Updates
 
     def apply(self, round_: int, count: int, step: int, scale: float) -> None:
         """Have the other owners apply a round of `count` places, computed with this loss scale, as update `step`,
         before the server does."""
-        rows = pack_integers(self._sums.get(round_, []))
+        rows = pack_integers(self._counted.get(round_, []))
         oldest = min(self._open, default=round_ + 1)
         for owner in self._owners.values():
             assert owner.link is not None
             self._hub.send(
                 owner.link, Frame(Kind.APPLY, round_, step, read=oldest, samples=count, loss=scale, payload=rows)
             )
+
+    def gather(self, round_: int, count: int, step: int) -> Gathered:
+        """What such a round adds up to on the server's slice, where there are others."""
+        return self.sums.gather(round_, step - 1, count, self._counted.get(round_, []))
 
     def _send_parameters(self, step: int, span: Span) -> None:
         """Send parameters after update `step` to the other hosts."""

@@ -332,18 +332,18 @@ class Loop:
 
     def _apply(self, round_: Round, watch: LayerWatch | None, lag: int) -> tuple[Update, tuple[Partial, ...]]:
         """Apply what a round gave. Where all of it was skipped, the parameters stay as they are."""
-        parts = round_.tree.halves()
         self._hosts.apply(round_.number, len(round_.microbatches), self.step + 1, round_.scale)
+        gathered = self._rounds.gather(round_, self.step + 1)
         try:
-            if round_.skipped and not any(part.samples for part in parts):
+            if round_.skipped and not any(half.samples for half in gathered.halves):
                 update = self._server.skip(self.step + 1)
             else:
                 read = round_.owner.own if self._settings.asynchronous and round_.owner is not None else None
-                update = self._server.apply(parts, self.step + 1, read, round_.scale, watch, lag, round_.tree.late)
+                update = self._server.apply(gathered, self.step + 1, read, round_.scale, watch, lag)
             self._hosts.finish_update(self.step + 1)
         finally:
             self._hosts.forget(round_.number)
-        return update, parts
+        return update, gathered.halves
 
     def _checked(self, microbatches: Sequence[Microbatch], read: int) -> Round:
         """Have an update's microbatches computed again, each looked at by itself, since their sum is not finite: the

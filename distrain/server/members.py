@@ -8,7 +8,8 @@ from typing import Any
 
 from distrain.exchange.link import Frame, Kind, SocketLink, pushes_digest
 from distrain.exchange.memory import Published, PushSlots
-from distrain.reduction import Block, Partial
+from distrain.exchange.sums import Key
+from distrain.reduction import Block
 from distrain.server.ledger import Assignment
 
 _WEIGHT = 0.2  # of the newest measurement in the running mean
@@ -51,7 +52,7 @@ class Batch:
     pushes: list[Pushed]
     since: float  # time.monotonic()
     missing: dict[int, int]  # slice -> places whose sum its owner does not have yet
-    parts: list[tuple[Block, Partial]] = field(default_factory=list)  # of the server's own slice
+    sums: list[tuple[Key, Block]] = field(default_factory=list)  # that the server has of its own slice
     came: set[tuple[int, Block]] = field(default_factory=set)  # (slice, block) whose sum its owner has
 
     def has(self, block: Block, digest: int) -> bool:

@@ -29,7 +29,8 @@ from distrain.learning.schedules import build_schedule
 from distrain.reduction import Merge, Partial
 from distrain.server.loss_scale import LossScale
 
-BLOCK_FLOATS = 262_144  # averaged at a time, 1 MiB of each vector: smaller blocks cost calls, larger ones the cache
+CHUNK_FLOATS = 262_144  # averaged at a time, 1 MiB of each vector: smaller chunks cost calls, larger ones the cache
+_MOST = torch.finfo(torch.float32).max
 
 Share = Callable[[list[float]], list[float]]
 """Gives a slice's values to the other slices' servers, and returns those of all slices, in order."""
@@ -54,6 +55,16 @@ class Update:
     clipped: bool
     seconds: float
     overflowed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What a step's gradients add up to: the last two halves of the sum over all shards, and what is to be added up
+    before they are read. Or that was done, and all chunks are written (see `ParameterServer.add_up`)."""
+
+    halves: tuple[Partial, ...]
+    late: Sequence[Merge] = ()
+    is_written: bool = False
 
 
 class ParameterServer:
@@ -119,7 +130,7 @@ class ParameterServer:
                     self._parts[-1].trained.append((parameters[number], views_of_mean[number]))
         sizes = _piece_sizes(self.layout, gradients)
         self._norm = Norm(self._gradients.split(sizes))
-        self._blocks = _blocks(self._mean[self.span.start : self.span.stop], sizes)
+        self.chunks = _chunks(self._mean[self.span.start : self.span.stop], sizes)
         self._clip = clip
         self.optimizer = build_optimizer(model, optimizer)
         self.schedule = build_schedule(self.optimizer, schedule)
@@ -133,24 +144,24 @@ class ParameterServer:
 
     def apply(
         self,
-        halves: tuple[Partial, ...],
+        gathered: Gathered,
         step: int,
         read: Published | None = None,
         scale: float = 0.0,
         watch: LayerWatch | None = None,
         lag: int = 0,
-        late: Sequence[Merge] = (),
     ) -> Update:
-        """Apply one step (number `step`, from 1), given the last two halves of the sum over all shards.
+        """Apply one step (number `step`, from 1).
 
         `read` holds the parameters from which the gradient was computed; delay compensation needs them. `scale` is the
         loss scale that it was computed with. `watch` looks at the update. `lag` counts the updates between those
-        parameters and this one. `late` is to be added up before the halves are read.
+        parameters and this one.
 
         Raises DivergenceError when loss or gradient is not finite, but for a gradient that overflowed in fp16;
         parameters are then as they were.
         """
         start = time.perf_counter()
+        halves = gathered.halves
         samples = sum(half.samples for half in halves)
         weight = sum(half.weight for half in halves)
         if not weight:
@@ -158,15 +169,16 @@ class ParameterServer:
                 f"step {step}: the weights of its {samples} rows add up to 0, so it has no mean loss"
             )
         loss = sum(half.loss for half in halves) / weight
-        self._average([half.vector for half in halves], samples, weight, late)
-        norm = data_norm = total_norm(self._of_all_slices(self._norm.squares()))
+        self._average(gathered, samples, weight)
+        norm = data_norm = total_norm(self._of_all_slices(self._norm.squares())) / weight
+        is_finite = norm <= _MOST  # more could not be averaged
         if scale and self.loss_scale is not None and math.isfinite(loss):
-            if math.isfinite(norm):
+            if is_finite:
                 self.loss_scale.applied(step, scale)
             elif self.loss_scale.overflowed(step, scale):
                 left_out, seconds = self.skip(step), time.perf_counter() - start
                 return Update(samples, weight, loss, 0.0, norm, norm, left_out.lr, False, seconds, overflowed=True)
-        if not math.isfinite(norm) or not math.isfinite(loss):
+        if not is_finite or not math.isfinite(loss):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise DivergenceError(
                 f"step {step}: the {what} is not finite (loss {loss:g}, gradient norm {norm:g}), though that of each "
@@ -253,22 +265,27 @@ class ParameterServer:
     def _of_all_slices(self, values: list[float]) -> list[float]:
         return values if self.share is None else self.share(values)
 
-    def _average(self, sums: list[Tensor], samples: int, weight: float, late: Sequence[Merge]) -> None:
-        """Write the average of the summed vectors, gradients by weight and buffers' changes by samples, and look at
-        the norm of the gradient's pieces. What of the sums is to be added up first is `late`.
+    def add_up(self, chunk: Chunk, halves: Sequence[Partial]) -> None:
+        """Write a chunk of the sum of the last two halves, of which an average is to be made, and look at the norm of
+        its pieces of the gradient."""
+        parts = [half.vector[chunk.start : chunk.stop] for half in halves]
+        if len(parts) == 2:
+            torch.add(parts[0], parts[1], out=chunk.mean)
+        else:
+            chunk.mean.copy_(parts[0])
+        self._norm.look(chunk.first_piece, chunk.first_piece + chunk.num_pieces)
 
-        In blocks that stay in the cache: memory, not arithmetic, is what an update waits for.
+    def _average(self, gathered: Gathered, samples: int, weight: float) -> None:
+        """Make the average of the sum, gradients by weight and buffers' changes by samples.
+
+        In chunks that stay in the cache: memory, not arithmetic, is what an update waits for.
         """
-        for block in self._blocks:
-            for merge in late:
-                merge.add_until(block.stop)
-            parts = [vector[block.start : block.stop] for vector in sums]
-            share = 1.0 / (weight if block.num_pieces else samples)
-            if len(parts) == 2:
-                torch.add(parts[0], parts[1], out=block.mean).mul_(share)
-            else:
-                torch.mul(parts[0], share, out=block.mean)
-            self._norm.look(block.first_piece, block.first_piece + block.num_pieces)
+        for chunk in self.chunks:
+            if not gathered.is_written:
+                for merge in gathered.late:
+                    merge.add_until(chunk.stop)
+                self.add_up(chunk, gathered.halves)
+            chunk.mean.mul_(1.0 / (weight if chunk.num_pieces else samples))
 
     def _update_buffers(self, lag: int) -> None:
         """Add the buffers' mean changes. A constant buffer changes by exactly 0 and keeps its bits.
@@ -392,7 +409,7 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Chunk:
     """The values [start, stop) of a server's span: some of the norm's pieces, or none where they are no gradients."""
 
     start: int
@@ -402,18 +419,18 @@ class _Block:
     num_pieces: int
 
 
-def _blocks(mean: Tensor, pieces: Sequence[int]) -> list[_Block]:
-    """A span's values in blocks: first those of the gradients, whose pieces have these lengths, then the others."""
-    blocks: list[_Block] = []
+def _chunks(mean: Tensor, pieces: Sequence[int]) -> list[Chunk]:
+    """A span's values in chunks: first those of the gradients, whose pieces have these lengths, then the others."""
+    chunks: list[Chunk] = []
     start = stop = first = 0
     for number, size in enumerate(pieces, start=1):
         stop += size
-        if stop - start >= BLOCK_FLOATS or number == len(pieces):
-            blocks.append(_Block(start, stop, mean[start:stop], first, number - first))
+        if stop - start >= CHUNK_FLOATS or number == len(pieces):
+            chunks.append(Chunk(start, stop, mean[start:stop], first, number - first))
             start, first = stop, number
     if stop < len(mean):
-        blocks.append(_Block(stop, len(mean), mean[stop:], first, 0))
-    return blocks
+        chunks.append(Chunk(stop, len(mean), mean[stop:], first, 0))
+    return chunks
 
 
 def _piece_sizes(layout: Layout, span: Span) -> list[int]:

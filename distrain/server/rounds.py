@@ -25,7 +25,7 @@ from distrain.server.agenda import Microbatch
 from distrain.server.hosts import Hosts
 from distrain.server.ledger import Assignment, Ledger, Verdict
 from distrain.server.members import Batch, Host, Member, Pushed, Task
-from distrain.server.parameter_server import BLOCK_FLOATS, ParameterServer
+from distrain.server.parameter_server import CHUNK_FLOATS, Gathered, ParameterServer
 
 _POLL_SECONDS = 0.25  # how soon a request to stop is seen while nothing arrives
 _HELP_SECONDS = 0.02  # how soon an idle worker helps one that is late
@@ -176,6 +176,12 @@ class Rounds:
             self._tell("recovered", message, seconds=seconds)
         return tuple(taken), missing
 
+    def gather(self, round_: Round, step: int) -> Gathered:
+        """What a round adds up to, which is over, for update `step`."""
+        if self.hosts.is_sliced:
+            return self.hosts.gather(round_.number, len(round_.microbatches), step)
+        return Gathered(round_.tree.halves(), round_.tree.late)
+
     def wake(self) -> None:
         """Have the workers of this host see at once what they were sent, and not when `poll` next waits."""
         self._hub.ring()
@@ -190,7 +196,7 @@ class Rounds:
         to_add_up = next((round_.tree for round_ in self._open.values() if round_.tree.late), None)
         come = self.hosts.events(timeout_s if to_add_up is None else 0.0)
         if not come and to_add_up is not None:
-            to_add_up.work(BLOCK_FLOATS)
+            to_add_up.work(CHUNK_FLOATS)
         for link, what in come:
             host = self.hosts.of(link)
             if host is not None:
@@ -438,10 +444,11 @@ class Rounds:
         self._deal(self._ledger.claim(member.incarnation))
         self._combine()
 
-    def _put(self, round_: Round, block: Block, part: Partial) -> None:
-        """Enter a block into a round's sum."""
+    def _put(self, round_: Round, block: Block, part: Partial | None) -> None:
+        """A block of a round is there. It is entered into the round's sum here, or None was, by slices' owners."""
         round_.taken += block.stop - block.first
-        round_.tree.put(block, part)
+        if part is not None:
+            round_.tree.put(block, part)
         if round_.taken >= round_.needed and round_.whole_at is None:
             round_.whole_at = next(self._whole)
 
@@ -462,8 +469,8 @@ class Rounds:
 
     def _settled(self, host: Host, number: int, batch: Batch) -> None:
         """All owners have the sums of some pushes."""
-        for block, part in batch.parts:
-            self._put(self._open[number], block, part)
+        for key, block in batch.sums:
+            self._put(self._open[number], block, None if self.hosts.is_sliced else self.hosts.sums.part(number, key))
 
     def _let_go(self) -> None:
         """Send those away that are to leave and owe nothing any more."""

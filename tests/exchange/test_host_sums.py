@@ -42,7 +42,8 @@ class Scripted:
         self.host = HostSums(LAYOUT, self.wire, self, num_slices, own, links, self.keep)  # type: ignore[arg-type]
         self.host.number = HOST
         self.owners = [Incoming(self.wire, span) for span in self.spans]
-        self.sent: list[tuple[int, Kind]] = []
+        self.sent: list[tuple[int, Kind]] = []  # to the other owners
+        self.kept: list[Kind] = []  # said to our own
         self.came: dict[int, list[Tensor]] = {}
         self.sums: list[tuple[int, int, int, np.ndarray]] = []
         self.slots = {incarnation: PushSlots(LAYOUT, SHARDS, 1) for incarnation in (LEFT, RIGHT)}
@@ -58,14 +59,25 @@ class Scripted:
             place = owner.place(frame)
             place[:] = memoryview(frame.payload).cast("B")
             frame.payload = place
-            owner.take(frame)
-        elif frame.kind is Kind.VOID:
-            owner.drop(frame)
-        else:
-            self._arrived(frame, owner.whole(frame).clone())
+        self._take(owner, frame)
 
-    def keep(self, what: Frame, vector: Tensor) -> None:
-        self._arrived(what, vector.clone())
+    def keep(self, what: Frame, vector: Tensor | None) -> None:
+        self.kept.append(what.kind)
+        self._take(self.owners[-1], what, vector)
+
+    def _take(self, owner: Incoming, what: Frame, vector: Tensor | None = None) -> None:
+        match what.kind:
+            case Kind.OPEN:
+                assert what.samples == SHARDS
+                owner.open(what, vector)
+            case Kind.PIECE:
+                owner.take(what)
+            case Kind.VOID:
+                owner.drop(what)
+            case _:
+                coming = owner.whole(what)
+                assert (coming.block.first, coming.block.stop) == (what.first, what.stop)
+                self._arrived(what, coming.vector.clone())
 
     def _arrived(self, what: Frame, values: Tensor) -> None:
         vectors = self.came.setdefault(what.version, [])
@@ -176,13 +188,14 @@ def test_pieces_go_out_as_soon_as_all_have_them(streaming: Scripted):
     streaming.ready(LEFT, 2, 1.0, Span(0, 40))
     assert streaming.sent == [], "nothing of the other's is there"
     streaming.ready(RIGHT, 3, 10.0, Span(0, 31))
-    assert streaming.sent == [], "no piece of it is whole"
+    assert streaming.sent == [(0, Kind.OPEN)], "no piece of it is whole"
     streaming.ready(RIGHT, 3, 10.0, Span(31, 96))
-    assert streaming.sent == [(0, Kind.PIECE)], "the first, and the left one has no other"
+    assert streaming.sent == [(0, Kind.OPEN), (0, Kind.PIECE)], "the first, and the left one has no other"
+    assert streaming.kept == [Kind.OPEN]
     streaming.push(LEFT, 2, 1.0)
-    assert streaming.sent == [(0, Kind.PIECE)] * 2, "the third is of this host's own slice"
+    assert streaming.sent[1:] == [(0, Kind.PIECE)] * 2 and streaming.kept[1:] == [Kind.PIECE], "of its own slice"
     streaming.push(RIGHT, 3, 10.0)
-    assert streaming.sent[2:] == [(0, Kind.SUM)]
+    assert streaming.sent[3:] == [(0, Kind.SUM)] and streaming.kept[2:] == [Kind.PIECE, Kind.SUM]
     [(first, stop, digest, values)] = streaming.sums
     rows = ((LEFT, 0, 2, 3), (RIGHT, 0, 3, 4))
     assert (first, stop, digest) == (2, 4, pushes_digest(rows)) and (values == 11.0).all()

@@ -13,7 +13,15 @@ from distrain.errors import LinkError
 from distrain.exchange.layout import Layout, Span
 from distrain.exchange.link import Frame, Hub, Kind
 from distrain.exchange.memory import Published
-from distrain.exchange.sums import Incoming, send_parameters, send_piece, sum_frame, withdraw_parameters
+from distrain.exchange.sums import (
+    Incoming,
+    open_frame,
+    piece_frame,
+    send_parameters,
+    send_piece,
+    sum_frame,
+    withdraw_parameters,
+)
 from distrain.exchange.wire import WIRES, Wire
 from distrain.reduction import Block, Partial
 from tests.support.links import socket_pair
@@ -39,15 +47,18 @@ class Owner:
         if then is not None:
             then()
 
-    def take(self, frame: Frame) -> None:
+    def take(self, frame: Frame) -> Span | None:
+        if frame.kind is Kind.OPEN:
+            return self.incoming.open(frame, None)
         place = self.incoming.place(frame)
         place[:] = frame.payload
         frame.payload = place
-        self.incoming.take(frame)
+        return self.incoming.take(frame)
 
     def send_sum(self, value: float, host: int = 1, number: int = 0, round_: int = 5) -> list[Frame]:
         """The frames of a sum, all of whose values are this."""
         vector = torch.full([LAYOUT.num_floats], value)
+        self.send(self, open_frame(round_, 4, 8, host, number, BLOCK))
         for piece in LAYOUT.pieces(SPAN):
             send_piece(self, self.wire, round_, host, number, vector, piece, self)  # type: ignore[arg-type]
         self.send(self, sum_frame(round_, host, number, BLOCK, 77, Partial(None, 3, 0.5, 2.0, squares=9.0)))
@@ -66,13 +77,27 @@ def test_sums_that_cross_are_told_apart(wire_dtype: str):
     of_each = [owner.send_sum(1.0), owner.send_sum(2.0, host=2), owner.send_sum(3.0, number=1)]
     for row in zip(*of_each, strict=True):
         for frame in row:
-            if frame.kind is Kind.PIECE:
+            if frame.kind is not Kind.SUM:
                 owner.take(frame)
     for value, frames in enumerate(of_each, start=1):
         what = frames[-1]
         assert (what.kind, what.first, what.stop, what.read) == (Kind.SUM, 2, 4, 77)
         assert (what.samples, what.loss, what.weight, what.squares) == (3, 0.5, 2.0, 9.0)
-        assert torch.equal(owner.incoming.whole(what), torch.full([len(SPAN)], float(value)))
+        coming = owner.incoming.whole(what)
+        assert coming.block == BLOCK and coming.opened is frames[0]
+        assert torch.equal(coming.vector, torch.full([len(SPAN)], float(value)))
+
+
+def test_what_has_come_of_a_round_is_known_piece_by_piece():
+    owner = Owner()
+    opened, first, second, *_ = owner.send_sum(1.0)
+    early, *_ = owner.send_sum(1.0, round_=6, number=1)
+    for frame in (opened, early):
+        owner.take(frame)
+    [(key, coming)] = owner.incoming.of(5).items()
+    assert key == (1, 0) and coming.pieces == []
+    spans = [owner.take(frame) for frame in (first, second)]
+    assert coming.pieces == spans and spans[0] == Span(0, 256) and spans[1].start == 256, "places in the slice"
 
 
 def test_parameters_that_are_no_longer_there_are_not_sent():
@@ -103,7 +128,8 @@ def test_parameters_that_are_no_longer_there_are_not_sent():
 
 def test_a_sum_that_is_void_gives_its_memory_back():
     owner = Owner()
-    [first, *_, what] = owner.send_sum(1.0)
+    opened, first, *_, what = owner.send_sum(1.0)
+    owner.take(opened)
     owner.take(first)
     owner.incoming.drop(Frame(Kind.VOID, slot=1, version=0))
     assert not owner.incoming._coming and owner.wire.pool._free
@@ -115,9 +141,10 @@ def test_a_sum_that_is_void_gives_its_memory_back():
 def test_the_sum_of_the_owners_own_host_stays_where_it_is():
     owner, vector = Owner(), torch.zeros(len(SPAN))
     what = sum_frame(5, 1, 0, BLOCK, 77, Partial(None, 3, 0.5, 2.0))
-    owner.incoming.keep(what, vector)
-    assert owner.incoming.whole(what) is vector
-    owner.incoming.keep(what, vector)
+    owner.incoming.open(open_frame(5, 4, 8, 1, 0, BLOCK), vector)
+    assert owner.incoming.take(piece_frame(5, 1, 0, SPAN)) == Span(0, len(SPAN))
+    assert owner.incoming.whole(what).vector is vector
+    owner.incoming.open(open_frame(5, 4, 8, 1, 0, BLOCK), vector)
     owner.incoming.drop(what)
     owner.incoming.forget(lambda round_: True)
     assert not owner.wire.pool._free, "no memory of the pool's"
@@ -125,9 +152,10 @@ def test_the_sum_of_the_owners_own_host_stays_where_it_is():
 
 def test_a_sum_that_lacks_a_piece_is_an_error():
     owner = Owner()
-    first, *_, what = owner.send_sum(1.0)
+    opened, first, *_, what = owner.send_sum(1.0)
     with pytest.raises(LinkError, match=f"of a sum of {len(SPAN)} values, 0 came"):
         owner.incoming.whole(what)
+    owner.take(opened)
     owner.take(first)
     with pytest.raises(LinkError, match=f"of a sum of {len(SPAN)} values, 256 came"):
         owner.incoming.whole(what)
@@ -140,8 +168,10 @@ def test_memory_is_used_again_once_its_round_is_over_or_the_sum_refused():
         *frames, what = owner.send_sum(1.0, number=number, round_=number)
         for frame in frames:
             owner.take(frame)
-        vector = owner.incoming.whole(what) if number != 2 else owner.incoming.drop(what)
-        return vector.data_ptr() if vector is not None else 0
+        if number == 2:
+            owner.incoming.drop(what)
+            return 0
+        return owner.incoming.whole(what).vector.data_ptr()
 
     first, second = arrive(0), arrive(1)
     assert first != second
@@ -153,11 +183,11 @@ def test_memory_is_used_again_once_its_round_is_over_or_the_sum_refused():
 def test_what_a_lost_host_began_to_send_is_forgotten():
     owner = Owner()
     lost, other = owner.send_sum(1.0, host=1), owner.send_sum(2.0, host=2)
-    owner.take(lost[0])
-    owner.take(other[0])
-    owner.incoming.lose(1)
-    for frame in other[1:-1]:
+    for frame in (*lost[:2], *other[:2]):
         owner.take(frame)
-    assert (owner.incoming.whole(other[-1]) == 2.0).all()
+    assert owner.incoming.lose(1) == [(1, 0)]
+    for frame in other[2:-1]:
+        owner.take(frame)
+    assert (owner.incoming.whole(other[-1]).vector == 2.0).all()
     with pytest.raises(LinkError, match="0 came"):
         owner.incoming.whole(lost[-1])

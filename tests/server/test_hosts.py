@@ -25,7 +25,7 @@ from distrain.config import (
 from distrain.devices import Arithmetic
 from distrain.errors import DivergenceError, ServerLost
 from distrain.exchange.link import Frame, Kind, pushes_digest
-from distrain.exchange.sums import Incoming, sum_frame
+from distrain.exchange.sums import Incoming, open_frame, sum_frame
 from distrain.exchange.wire import WireDtype
 from distrain.reduction import Block, Partial
 from distrain.relay import Relay
@@ -150,7 +150,8 @@ def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
     hosts, layout = run.loop._hosts, run.server.layout
     host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
     piece = Frame(Kind.PIECE, 3, stop=layout.num_floats, slot=host.number)
-    piece.payload = hosts._incoming.place(piece)
+    piece.payload = hosts.sums.place(piece)
+    hosts.note(host, open_frame(3, 0, 1, host.number, 0, Block(0, 1)))
     hosts.note(host, piece)
     hosts._open[3] = Mock()  # type: ignore[index]
     hosts.note(host, sum_frame(3, host.number, 0, Block(0, 1), 77, Partial(None, 1, 0.0, 1.0)))
@@ -158,7 +159,7 @@ def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
     hosts.lose(link, "a test")
     del hosts._open[3]  # type: ignore[attr-defined]
     hosts.forget(3)
-    assert not hosts._early and not hosts._incoming._coming
+    assert not hosts._early and not hosts.sums._whole and not hosts.sums._incoming._lent
     run.hub.close()
 
 
@@ -167,13 +168,15 @@ def test_an_owner_that_has_a_sum_that_is_not_wanted_leaves_it_where_it_is_still_
     hosts, layout = run.loop._hosts, run.server.layout
     host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
     what = sum_frame(3, host.number, 0, Block(0, 1), 77, Partial(None, 1, 0.0, 1.0))
+    hosts.note(host, open_frame(3, 0, 1, host.number, 0, Block(0, 1)))
     for first, stop in ((0, 48), (48, layout.num_floats)):
         piece = Frame(Kind.PIECE, 3, first=first, stop=stop, slot=host.number)
-        piece.payload = hosts._incoming.place(piece)
+        piece.payload = hosts.sums.place(piece)
         hosts._has(0, host, replace(what, kind=Kind.ARRIVED))  # in a round that is over
         hosts.note(host, piece)
     hosts.note(host, what)
-    assert not hosts._incoming._coming
+    hosts.forget(2)
+    assert not hosts.sums._incoming._coming and not hosts.sums._incoming._lent
     run.hub.close()
 
 

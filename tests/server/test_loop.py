@@ -26,7 +26,7 @@ from distrain.exchange.memory import Published
 from distrain.learning.task import TaskSpec, build_task
 from distrain.reduction import Partial
 from distrain.server.loop import LoopSettings
-from distrain.server.parameter_server import ParameterServer
+from distrain.server.parameter_server import Gathered, ParameterServer
 from distrain.worker import Source, Worker
 from tests.support.datasets import ArrayDataset
 from tests.support.runs import Job, Mortal, open_run, start_worker, task, train
@@ -336,7 +336,7 @@ def test_stale_changes_of_a_running_variance_do_not_take_it_below_zero():
     for lag in range(20):  # all computed from a variance of 1, on rows that do not vary
         change = torch.zeros(server.layout.num_floats)
         change[variance.start] = -0.1
-        server.apply((Partial(change, 1, 0.0, 1.0),), lag + 1, lag=lag)
+        server.apply(Gathered((Partial(change, 1, 0.0, 1.0),)), lag + 1, lag=lag)
     assert 0 < server.current.floats[variance.start].item() < 1
 
 
@@ -376,7 +376,7 @@ def test_delay_compensation_adds_the_change_that_the_gradient_missed():
     before = server.current.floats.clone()
     server._delay_compensation = 0.1
     server.optimizer = torch.optim.SGD(server.model.parameters(), lr=1.0)
-    server.apply((Partial(gradient.clone(), 1, 0.0, 1.0),), 1, read)
+    server.apply(Gathered((Partial(gradient.clone(), 1, 0.0, 1.0),)), 1, read)
     for entry in server.layout.parameters:
         part = slice(entry.start, entry.start + entry.numel)
         g = gradient[part]
