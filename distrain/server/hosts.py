@@ -13,6 +13,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -59,12 +60,21 @@ class Hosts:
         self._own = num_slices - 1  # the server's slice
         if num_slices > 1:
             server.share = self._share
-        self.local = Host(0, None, self._own) if num_slices > 1 else None
         self._owners: dict[int, Host] = {}  # by slice, without the server's own
         self._links: dict[int, SocketLink] = {}  # to them
-        self.local_sums = HostSums(
-            server.layout, self._wire, hub, num_slices, self._own, self._links, self._take_own, window
-        )
+        self.local: Host | None = None
+        if num_slices > 1:
+            self.local = Host(0, None, self._own)
+            self.local.sums = HostSums(
+                server.layout,
+                self._wire,
+                hub,
+                num_slices,
+                self._own,
+                self._links,
+                partial(self._take, self.local),
+                window,
+            )
         self._by_link: dict[SocketLink, Host] = {}
         self._by_number: dict[int, Host] = {} if self.local is None else {0: self.local}
         self._numbers = 0
@@ -73,6 +83,7 @@ class Hosts:
         self._counted: dict[int, list[Key]] = {}  # by round: sums
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
         self._step = 0
+        self._averaged_at = -1  # the update after which the other slices' averages were brought here
         self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
 
     @property
@@ -166,7 +177,8 @@ class Hosts:
         if host.link is not None:
             self._hub.send(host.link, Frame(Kind.COMBINE, round_, payload=pack_integers(rows)))
         else:
-            self.local_sums.combine(round_, rows)
+            assert host.sums is not None
+            host.sums.combine(round_, rows)
         for slice_, sender, frame in self._early.pop(round_, []):
             self._has(slice_, sender, frame)
 
@@ -175,10 +187,6 @@ class Hosts:
         self.sums.take(what, vector)
         if what.kind is Kind.SUM:
             self._has(self._own, host, what)
-
-    def _take_own(self, what: Frame, vector: Tensor | None) -> None:
-        assert self.local is not None
-        self._take(self.local, what, vector)
 
     def note(self, host: Host, frame: Frame) -> bool:
         """Take what a relay says on its own account. Whether it was that, and not a worker's word."""
@@ -345,7 +353,10 @@ class Hosts:
             self._server.current.floats[span.start : span.stop] = tensors["current"]
 
     def _take_averaged(self) -> None:
-        """Bring the other slices' averages here."""
+        """Bring the other slices' averages here, unless they are."""
+        if self._averaged_at == self._step:
+            return
+        self._averaged_at = self._step
         averaged = self._server.readable[-1].floats
         for slice_, (tensors, _) in self._collect(AVERAGED).items():
             span = self._spans[slice_]

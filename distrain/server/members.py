@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrain.exchange.host_sums import HostSums
 from distrain.exchange.link import Frame, Kind, SocketLink, pushes_digest
 from distrain.exchange.memory import Published, PushSlots
 from distrain.exchange.sums import Key
@@ -63,7 +64,8 @@ class Batch:
 
 @dataclass(eq=False)
 class Host:
-    """A host whose workers' pushes are added up there. `link` leads to its relay; the server's own has none."""
+    """A host whose workers' pushes are added up there. `link` leads to its relay; the server's own has none, and adds
+    them up in `sums`."""
 
     number: int
     link: SocketLink | None
@@ -75,6 +77,7 @@ class Host:
     shared: Any = None  # payload of its last SHARE
     state: Any = None  # payload of its last STATE
     published: int = -1  # the last update of its slice that came
+    sums: HostSums | None = None
 
     def take_back(self, round_: int) -> list[tuple[int, int, int]]:
         """Forget what has not come of a round. Returns it, as the ledger has it."""

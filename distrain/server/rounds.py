@@ -17,6 +17,7 @@ import torch
 
 from distrain import errors
 from distrain.errors import DistrainError, LinkError, TrainingError
+from distrain.exchange.host_sums import HostSums
 from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_microbatches
 from distrain.exchange.memory import Published, PushSlots
 from distrain.exchange.sums import partial_of
@@ -234,8 +235,8 @@ class Rounds:
         if frame.kind is Kind.PUSH:
             self._take_push(member, frame)
         elif frame.kind is Kind.READY:
-            if self._is_summed_here(member):
-                self.hosts.local_sums.ready(frame)
+            if (sums := _sums_here(member)) is not None:
+                sums.ready(frame)
         elif frame.kind is Kind.ALIVE:
             member.deadline = time.monotonic() + self._timeout_s
         elif frame.kind is Kind.LOOKED:
@@ -331,13 +332,9 @@ class Rounds:
             loss=round_.scale,
             payload=b"" if is_plain else pack_microbatches(wanted),
         )
-        if round_.kind in GRADIENTS and self._is_summed_here(member):
-            self.hosts.local_sums.asked(task)
+        if round_.kind in GRADIENTS and (sums := _sums_here(member)) is not None:
+            sums.asked(task)
         self._hub.send(member.link, task)
-
-    def _is_summed_here(self, member: Member) -> bool:
-        """Whether this process adds the member's pushes up with those of others on this host, before they count."""
-        return member.host is not None and member.host is self.hosts.local
 
     def stepped(self, step: int) -> None:
         """The current parameters are those after this update."""
@@ -373,8 +370,8 @@ class Rounds:
         own = Published(layout) if self._free else None
         member = Member(rank, incarnation, link, slots, int(hello["launch"]), own, self.hosts.local)
         self._members[incarnation] = self._by_link[link] = member
-        if self._is_summed_here(member):
-            self.hosts.local_sums.joined(incarnation, slots)
+        if (sums := _sums_here(member)) is not None:
+            sums.joined(incarnation, slots)
         published = self._published(member)
         try:
             link.send(
@@ -383,7 +380,7 @@ class Rounds:
                     incarnation=incarnation,
                     slot=slots.num_sets,
                     version=len(published),
-                    read=int(link.shared and self._is_summed_here(member)),
+                    read=int(link.shared and sums is not None),
                 )
             )
             if link.shared:
@@ -437,8 +434,8 @@ class Rounds:
             round_.owner = member
             if member.host is not None and round_.kind in GRADIENTS:
                 member.host.accepted.setdefault(frame.round, []).append(Pushed(member, frame.slot, block))
-                if self._is_summed_here(member):
-                    self.hosts.local_sums.pushed(frame)
+                if (sums := _sums_here(member)) is not None:
+                    sums.pushed(frame)
             else:
                 self._put(round_, block, part)
         self._deal(self._ledger.claim(member.incarnation))
@@ -480,8 +477,8 @@ class Rounds:
                 self._retiring.discard(member.launch)
                 self._hub.send(member.link, Frame(Kind.STOP, incarnation=member.incarnation))
                 del self._members[member.incarnation]
-                if self._is_summed_here(member):
-                    self.hosts.local_sums.left(member.incarnation)
+                if (sums := _sums_here(member)) is not None:
+                    sums.left(member.incarnation)
                 self._by_link.pop(member.link, None)
                 self._deal(self._ledger.leave(member.incarnation))
                 self._tell("left", f"worker {member.rank} left its node, which is about to go", member)
@@ -514,8 +511,8 @@ class Rounds:
         """Fence a worker and have the others do what it still owed."""
         if self._members.pop(member.incarnation, None) is None:
             return
-        if self._is_summed_here(member):
-            self.hosts.local_sums.left(member.incarnation)
+        if (sums := _sums_here(member)) is not None:
+            sums.left(member.incarnation)
         if self._by_link.pop(member.link, None) is None:
             if member.incarnation not in self._fenced_elsewhere:
                 self._hub.send(member.link, Frame(Kind.LEFT, incarnation=member.incarnation))
@@ -531,6 +528,11 @@ class Rounds:
                 self._open[number].lost_at = self._open[number].lost_at or time.perf_counter()
         self._deal(self._ledger.leave(member.incarnation))
         self._combine()
+
+
+def _sums_here(member: Member) -> HostSums | None:
+    """What adds the member's pushes up with those of others on its host, before they count, where this process does."""
+    return member.host.sums if member.host is not None else None
 
 
 def _reported(report: dict[str, Any]) -> DistrainError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from distrain.config import LossConfig, ModelConfig
 from distrain.data.plan import Plan
@@ -24,6 +23,7 @@ from distrain.server.loop import LoopSettings
 from distrain.worker import Source
 from tests.support.accelerator import FakeGpu
 from tests.support.datasets import ArrayDataset
+from tests.support.nets import PartlyTrained, assert_holds_gradients
 from tests.support.runs import Job, train
 
 
@@ -110,29 +110,13 @@ def test_the_fake_shows_up_what_was_not_waited_for(on_the_host, broken: type[Str
     assert run.outcome.parameters_sha256 != on_the_host[1, 0]
 
 
-class Net(nn.Module):
-    """A frozen layer, one that the loss does not depend on, and two that it does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.frozen, self.unused, self.last = (nn.Linear(3, 3) for _ in range(4))
-        self.frozen.requires_grad_(False)
-        self.reached: Callable[[torch.Tensor], None] | None = None  # called once backward is at the first layer
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.first(features)
-        if self.reached is not None:
-            hidden.register_hook(self.reached)
-        return self.last(self.frozen(hidden))
-
-
 PIECES = torch.arange(12.0).reshape(2, 2, 3)  # of a microbatch
 
 
-def open_net(device: StreamedDevice) -> tuple[Net, PushSlots, Layout]:
+def open_net(device: StreamedDevice) -> tuple[PartlyTrained, PushSlots, Layout]:
     """A net on the device, whose parameters are read, and slots, of which the second is not zero."""
     torch.manual_seed(0)
-    model = Net()
+    model = PartlyTrained()
     layout = Layout.of(model)
     published, slots = Published(layout), PushSlots(layout, 2)
     published.adopt_parameters(model, copy_in=True)
@@ -142,18 +126,13 @@ def open_net(device: StreamedDevice) -> tuple[Net, PushSlots, Layout]:
     return model, slots, layout
 
 
-def assert_holds_the_gradients_of_pieces(
-    vector: torch.Tensor, layout: Layout, rtol: float = 0, atol: float = 0
-) -> None:
-    """What such a net's gradients add up to on the host; zero where it has none."""
+def after_pieces() -> PartlyTrained:
+    """Such a net on the host, with the gradients of all of them."""
     torch.manual_seed(0)
-    reference = Net()
+    model = PartlyTrained()
     for rows in PIECES:
-        reference(rows).square().sum().backward()
-    for entry, (name, parameter) in zip(layout.parameters, reference.named_parameters(), strict=True):
-        got = vector[entry.start : entry.start + entry.numel].view(entry.shape)
-        expected = torch.zeros(entry.shape) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, msg=name)
+        model(rows).square().sum().backward()
+    return model
 
 
 @pytest.mark.parametrize("scale", [0.0, 1024.0])
@@ -187,12 +166,12 @@ def test_buckets_leave_while_backward_goes_on_and_what_has_no_gradient_is_zero(s
         (bucket.span for bucket in layout.buckets), key=lambda span: span.start
     )
     assert holds[0] == layout.buckets[-1].span, "what left first is there first"
-    assert_holds_the_gradients_of_pieces(slots[1], layout)
+    assert_holds_gradients(slots[1], layout, after_pieces())
     assert len(gpu.locked) == 2, "only the slot that was used, and the parameters"
 
 
 def test_a_round_reads_the_parameters_once():
-    model = Net()
+    model = PartlyTrained()
     layout, gpu = Layout.of(model), FakeGpu()
     published = Published(layout)
     device = StreamedDevice(gpu)
