@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import itertools
 import queue
-import struct
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +21,22 @@ from torch import Tensor
 from distrain.errors import DivergenceError, LinkError, TrainingDataError
 from distrain.exchange.host_sums import HostSums
 from distrain.exchange.layout import Layout, Span
-from distrain.exchange.link import Address, Frame, Hub, Kind, SocketLink, connect, unpack_integers
+from distrain.exchange.link import (
+    Address,
+    Frame,
+    Hub,
+    Kind,
+    SocketLink,
+    connect,
+    pack_values,
+    rows_digest,
+    unpack_integers,
+    unpack_values,
+)
 from distrain.exchange.memory import Published, PushSlots
 from distrain.exchange.slices import cut
 from distrain.exchange.state import pack_state, unpack_state
-from distrain.exchange.sums import send_parameters, withdraw_parameters
+from distrain.exchange.sums import Key, send_parameters, withdraw_parameters
 from distrain.exchange.wire import Wire
 from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer
 from distrain.server.hosts import AVERAGED, PARAMETERS
@@ -74,7 +84,7 @@ class Relay:
         self._layout, self._num_shards, self._token = layout, num_shards, token
         self._slice, self._server = slice_, server
         self._spans = cut(layout, num_slices)
-        self._slice_sums = SliceSums(server, is_ahead=True) if server is not None else None
+        self._slice_sums = SliceSums(server, True, self._tell_norm) if server is not None else None
         self._hub = Hub(token, ip if slice_ is not None else None)
         self._arrived: dict[tuple[int, int], int] = {}  # (slice, version) -> the update whose parameters are here
         self._owners: dict[int, SocketLink] = {}  # by slice, but for our own
@@ -89,7 +99,8 @@ class Relay:
         self._workers: dict[int, _Worker] = {}
         self._by_link: dict[SocketLink, _Worker] = {}
         self._tasks: list[Frame] = []  # whose parameters are not all here
-        self._shared: Any = None
+        self._shared: Any = None  # payload of a SHARE
+        self._squares: list[float] | None = None  # of the update that is made, of all slices, where they are known
         self._waiting: deque[tuple[SocketLink, Frame | LinkError]] = deque()  # what has come
 
     @property
@@ -375,10 +386,16 @@ class Relay:
         if what.kind is Kind.SUM:
             self._hub.send(self._control, replace(what, kind=Kind.ARRIVED))
 
+    def _tell_norm(self, round_: int, keys: Collection[Key], squares: list[float]) -> None:
+        """Our slice's sums are added up: the server need not ask for their squares, should all of them count."""
+        told = Frame(Kind.NORM, round_, read=rows_digest(keys), payload=pack_values(squares))
+        self._hub.send(self._control, told)
+
     def _apply(self, frame: Frame) -> None:
         """Update our slice with a round's sums, and send its parameters to every host."""
         assert self._server is not None and self._slice is not None and self._slice_sums is not None
-        keys = [(host, number) for host, number in unpack_integers(frame, 2)]
+        keys = [(host, number) for host, number in unpack_integers(frame, 2, frame.stop)]
+        self._squares = unpack_values(frame.payload[8 * frame.stop :]) or None
         gathered = self._slice_sums.gather(frame.round, frame.step - 1, frame.samples, keys)
         try:
             if any(half.samples for half in gathered.halves):
@@ -388,13 +405,17 @@ class Relay:
         except (DivergenceError, TrainingDataError):  # the server finds the same, and says what follows
             return
         finally:
+            self._squares = None
             self._slice_sums.forget(lambda round_: round_ == frame.round or round_ < frame.read)
         self._arrived[self._slice, self._server.version(frame.step, is_validation=False)] = frame.step
         self._pass_tasks_on()
 
     def _share(self, values: list[float]) -> list[float]:
         """Send the server our slice's values, and wait for those of all slices."""
-        self._hub.send(self._control, Frame(Kind.SHARE, payload=struct.pack(f"<{len(values)}d", *values)))
+        if self._squares is not None:  # which come first
+            known, self._squares = self._squares, None
+            return known
+        self._hub.send(self._control, Frame(Kind.SHARE, payload=pack_values(values)))
         later: list[tuple[SocketLink, Frame | LinkError]] = []
         while self._shared is None:
             come = list(self._waiting) or self._hub.poll(_POLL_SECONDS)
@@ -406,5 +427,5 @@ class Relay:
                 else:
                     later.append((link, what))
         self._waiting.extend(later)
-        payload, self._shared = bytes(self._shared), None
-        return list(struct.unpack(f"<{len(payload) // 8}d", payload))
+        payload, self._shared = self._shared, None
+        return unpack_values(payload)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distrain.exchange.layout import Layout, Span
-from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pushes_digest
+from distrain.exchange.link import Frame, Hub, Kind, SocketLink, rows_digest
 from distrain.exchange.memory import PushSlots
 from distrain.exchange.slices import cut
 from distrain.exchange.sums import open_frame, partial_of, piece_frame, send_piece, sum_frame
@@ -240,7 +240,7 @@ class HostSums:
         for merge in sum_.merges:
             merge.add_numbers()
         for number, block, part in sum_.nodes:
-            digest = pushes_digest(row for row in rows if block.first <= row[2] < block.stop)
+            digest = rows_digest(row for row in rows if block.first <= row[2] < block.stop)
             self._tell(sum_frame(round_, self.number, number, block, digest, part))
         work.sum = None
         work.ahead.append(rows)

@@ -63,7 +63,8 @@ class Kind(IntEnum):
     SUM = 24  # host -> owner: those were all; it is a sum of pushes of this digest
     VOID = 25  # host -> owner: the sum of that number will not be finished
     ARRIVED = 26  # owner -> server: such a sum is here; `slot` is the host it came from, `read` its pushes' digest
-    APPLY = 27  # server -> owner: update with these sums, rows of (host, number)
+    NORM = 33  # owner -> server: the squares of its slice's norm, float64, of the sums of a round of this digest
+    APPLY = 27  # server -> owner: update with these sums, rows of (host, number); the squares of all slices may follow
     SHARE = 28  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
     VALIDATED = 29  # server -> owner: the loss of a validation
     COLLECT = 30  # server -> owner: send the optimizer's state of your slice
@@ -78,11 +79,11 @@ class Frame:
     round: int = 0  # the exchange this belongs to; a push repeats the one it answers
     step: int = 0  # training step or validation step of the plan, from 0
     first: int = 0  # places in the round [first, stop): its shards, where no payload says otherwise; piece, and publish
-    stop: int = 0  # between hosts: values [first, stop) of the vector
+    stop: int = 0  # between hosts: values [first, stop) of the vector; apply: how many sums
     incarnation: int = 0
     slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
-    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum: its pushes' digest.
+    read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum, norm: a digest.
     # Welcome: 1: say READY. Apply: the oldest round that is not over
     samples: int = 0  # push: rows of the block; task, open, apply: how many places the round has
     data_bytes: int = 0  # bytes of rows that went into the block
@@ -127,17 +128,29 @@ def pack_integers(rows: Iterable[Iterable[int]]) -> bytes:
     return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
-def pushes_digest(rows: Iterable[tuple[int, ...]]) -> int:
-    """What tells sums of different pushes apart: a CRC-32 of their (incarnation, slot, first place, stop)."""
+def rows_digest(rows: Iterable[tuple[int, ...]]) -> int:
+    """What tells sums of different pushes apart, rows of (incarnation, slot, first place, stop), or updates with
+    different sums, rows of (host, number): a CRC-32."""
     return zlib.crc32(pack_integers(sorted(rows)))
 
 
-def unpack_integers(frame: Frame, width: int) -> list[tuple[int, ...]]:
-    """The rows of `width` integers that a frame holds."""
+def unpack_integers(frame: Frame, width: int, num_rows: int | None = None) -> list[tuple[int, ...]]:
+    """The rows of `width` integers that a frame holds, or begins with."""
+    stop = None if num_rows is None else 4 * width * num_rows
     try:
-        return list(struct.iter_unpack(f"<{width}i", frame.payload))
+        return list(struct.iter_unpack(f"<{width}i", frame.payload[:stop]))
     except struct.error as error:
         raise LinkError(f"a {frame.kind.name} frame does not hold rows of {width} integers: {error}") from error
+
+
+def pack_values(values: Sequence[float]) -> bytes:
+    """Float64 values, one after the other."""
+    return struct.pack(f"<{len(values)}d", *values)
+
+
+def unpack_values(payload: Any) -> list[float]:
+    """What `pack_values` gave."""
+    return list(struct.unpack(f"<{len(payload) // 8}d", payload))
 
 
 Sink = Callable[[Frame], memoryview | None]

@@ -9,7 +9,6 @@ of them update, where they share the squared norms of their gradients, and each 
 from __future__ import annotations
 
 import json
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from distrain.errors import LinkError, ServerLost, TrainingError
 from distrain.exchange.host_sums import HostSums
 from distrain.exchange.layout import Span
-from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers
+from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers, pack_values, rows_digest, unpack_values
 from distrain.exchange.slices import cut
 from distrain.exchange.state import pack_state, unpack_state
 from distrain.exchange.sums import Key, send_parameters, withdraw_parameters
@@ -82,6 +81,7 @@ class Hosts:
         self.sums = SliceSums(server, is_ahead=num_slices > 1)
         self._counted: dict[int, list[Key]] = {}  # by round: sums
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
+        self._squares: list[float] | None = None  # of the update that is made, of all slices, where they are known
         self._step = 0
         self._averaged_at = -1  # the update after which the other slices' averages were brought here
         self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
@@ -195,6 +195,9 @@ class Hosts:
                 host.is_ready = True
             case Kind.SHARE:
                 host.shared = frame.payload
+            case Kind.NORM:
+                if frame.round in self._open:
+                    host.norms[frame.round] = frame
             case Kind.STATE:
                 host.state = frame.payload
             case Kind.PUBLISH:
@@ -256,26 +259,34 @@ class Hosts:
     def forget(self, round_: int) -> None:
         """A round is over and applied: its buffers are free."""
         self._counted.pop(round_, None)
+        self._squares = None
+        for owner in self._owners.values():
+            owner.norms = {number: norm for number, norm in owner.norms.items() if number in self._open}
         self.sums.forget(lambda number: number not in self._open)
         for number in [number for number in self._early if number not in self._open]:
             del self._early[number]
 
     # Updates
 
-    def apply(self, round_: int, count: int, step: int, scale: float) -> None:
-        """Have the other owners apply a round of `count` places, computed with this loss scale, as update `step`,
-        before the server does."""
-        rows = pack_integers(self._counted.get(round_, []))
-        oldest = min(self._open, default=round_ + 1)
+    def begin_update(self, round_: int, count: int, step: int, scale: float) -> Gathered:
+        """Have the other owners apply a round of `count` places, computed with this loss scale, as update `step`.
+        Returns what it adds up to on the server's own slice."""
+        keys, oldest = self._counted.get(round_, []), min(self._open, default=round_ + 1)
+        gathered = self.sums.gather(round_, step - 1, count, keys)
+        norms, digest = [self._owners[slice_].norms.get(round_) for slice_ in range(self._own)], rows_digest(keys)
+        payload = pack_integers(keys)
+        if gathered.is_written and all(norm is not None and norm.read == digest for norm in norms):
+            squares = b"".join(bytes(norm.payload) for norm in norms if norm is not None)
+            squares += pack_values(self._server.squares())
+            self._squares = unpack_values(squares)
+            payload += squares
         for owner in self._owners.values():
             assert owner.link is not None
-            self._hub.send(
-                owner.link, Frame(Kind.APPLY, round_, step, read=oldest, samples=count, loss=scale, payload=rows)
+            frame = Frame(
+                Kind.APPLY, round_, step, stop=len(keys), read=oldest, samples=count, loss=scale, payload=payload
             )
-
-    def gather(self, round_: int, count: int, step: int) -> Gathered:
-        """What such a round adds up to on the server's slice, where there are others."""
-        return self.sums.gather(round_, step - 1, count, self._counted.get(round_, []))
+            self._hub.send(owner.link, frame)
+        return gathered
 
     def _send_parameters(self, step: int, span: Span) -> None:
         """Send parameters after update `step` to the other hosts."""
@@ -302,14 +313,17 @@ class Hosts:
 
     def _share(self, values: list[float]) -> list[float]:
         """The values of all slices, in order; the server's own are the last."""
+        if self._squares is not None:  # which come first
+            known, self._squares = self._squares, None
+            return known
         self._await(lambda owner: owner.shared is not None)
         shares = [bytes(self._owners[slice_].shared) for slice_ in range(self._own)]
-        payload = b"".join(shares) + struct.pack(f"<{len(values)}d", *values)
+        payload = b"".join(shares) + pack_values(values)
         for owner in self._owners.values():
             owner.shared = None
             assert owner.link is not None
             self._hub.send(owner.link, Frame(Kind.SHARE, payload=payload))
-        return list(struct.unpack(f"<{len(payload) // 8}d", payload))
+        return unpack_values(payload)
 
     def _await(self, is_there: Callable[[Host], bool]) -> None:
         """Wait until this holds for every owner. Whatever else comes waits in `events`."""

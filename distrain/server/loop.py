@@ -332,7 +332,6 @@ class Loop:
 
     def _apply(self, round_: Round, watch: LayerWatch | None, lag: int) -> tuple[Update, tuple[Partial, ...]]:
         """Apply what a round gave. Where all of it was skipped, the parameters stay as they are."""
-        self._hosts.apply(round_.number, len(round_.microbatches), self.step + 1, round_.scale)
         gathered = self._rounds.gather(round_, self.step + 1)
         try:
             if round_.skipped and not any(half.samples for half in gathered.halves):

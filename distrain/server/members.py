@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distrain.exchange.host_sums import HostSums
-from distrain.exchange.link import Frame, Kind, SocketLink, pushes_digest
+from distrain.exchange.link import Frame, Kind, SocketLink, rows_digest
 from distrain.exchange.memory import Published, PushSlots
 from distrain.exchange.sums import Key
 from distrain.reduction import Block
@@ -59,7 +59,7 @@ class Batch:
     def has(self, block: Block, digest: int) -> bool:
         """Whether a sum over a block, of pushes of this digest, is of this batch's."""
         rows = [p.row for p in self.pushes if block.first <= p.block.first and p.block.stop <= block.stop]
-        return bool(rows) and pushes_digest(rows) == digest
+        return bool(rows) and rows_digest(rows) == digest
 
 
 @dataclass(eq=False)
@@ -75,6 +75,7 @@ class Host:
     accepted: dict[int, list[Pushed]] = field(default_factory=dict)  # by round: count, but it was not told
     batches: dict[int, list[Batch]] = field(default_factory=dict)  # by round: on their way
     shared: Any = None  # payload of its last SHARE
+    norms: dict[int, Frame] = field(default_factory=dict)  # by round: what it said of its slice's
     state: Any = None  # payload of its last STATE
     published: int = -1  # the last update of its slice that came
     sums: HostSums | None = None

@@ -170,7 +170,7 @@ class ParameterServer:
             )
         loss = sum(half.loss for half in halves) / weight
         self._average(gathered, samples, weight)
-        norm = data_norm = total_norm(self._of_all_slices(self._norm.squares())) / weight
+        norm = data_norm = total_norm(self._of_all_slices(self.squares())) / weight
         is_finite = norm <= _MOST  # more could not be averaged
         if scale and self.loss_scale is not None and math.isfinite(loss):
             if is_finite:
@@ -190,7 +190,7 @@ class ParameterServer:
         if self._penalty is not None:
             penalty = sum(self._of_all_slices([self._penalty.add_gradient()]))
             self._norm.look()
-            norm = total_norm(self._of_all_slices(self._norm.squares()))
+            norm = total_norm(self._of_all_slices(self.squares()))
         if watch is not None:
             watch.before(self._gradients, self.current.floats)
         clipped = clip_(self._gradients, self._clip, norm)
@@ -274,6 +274,10 @@ class ParameterServer:
         else:
             chunk.mean.copy_(parts[0])
         self._norm.look(chunk.first_piece, chunk.first_piece + chunk.num_pieces)
+
+    def squares(self) -> list[float]:
+        """The squared norms of the gradient's pieces, of the sum that was added up."""
+        return self._norm.squares()
 
     def _average(self, gathered: Gathered, samples: int, weight: float) -> None:
         """Make the average of the sum, gradients by weight and buffers' changes by samples.

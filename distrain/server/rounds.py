@@ -180,7 +180,7 @@ class Rounds:
     def gather(self, round_: Round, step: int) -> Gathered:
         """What a round adds up to, which is over, for update `step`."""
         if self.hosts.is_sliced:
-            return self.hosts.gather(round_.number, len(round_.microbatches), step)
+            return self.hosts.begin_update(round_.number, len(round_.microbatches), step, round_.scale)
         return Gathered(round_.tree.halves(), round_.tree.late)
 
     def wake(self) -> None:

@@ -24,10 +24,14 @@ from distrain.server.parameter_server import Gathered, ParameterServer
 _FLOAT_BYTES = 4
 
 
+Done = Callable[[int, Collection[Key], list[float]], None]
+"""Told that these sums of a round are added up, and the squares of the norm's pieces."""
+
+
 @dataclass(eq=False)
 class _Ahead:
     """A round that is added up while it comes. `lacking` counts the values of each chunk, of all parts together, that
-    have not come; then it is `ready`, until it is `written`."""
+    have not come; then it is `ready`, until it is `written`. `unfinished` parts are not yet said to be whole."""
 
     step: int
     parts: dict[Key, Partial]
@@ -35,16 +39,18 @@ class _Ahead:
     halves: tuple[Partial, ...]
     memory: list[memoryview]
     lacking: list[int]
+    unfinished: set[Key]
     ready: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
 
 
 class SliceSums:
     """Takes what hosts say of their sums over the slice of `server`, and has that add them up: ahead of the update,
-    where all that it takes comes from hosts (`is_ahead`)."""
+    where all that it takes comes from hosts (`is_ahead`). `done` is told when that is done."""
 
-    def __init__(self, server: ParameterServer, is_ahead: bool) -> None:
+    def __init__(self, server: ParameterServer, is_ahead: bool, done: Done | None = None) -> None:
         self._server, self._wire, self._span, self._is_ahead = server, server.wire, server.span, is_ahead
+        self._done = done
         self._starts = [chunk.start for chunk in server.chunks]
         self._incoming = Incoming(self._wire, self._span)
         self._whole: dict[int, dict[Key, tuple[Coming, Partial]]] = {}  # by round
@@ -68,11 +74,17 @@ class SliceSums:
                 span, ahead = self._incoming.take(what), self._ahead.get(what.round)
                 if ahead is not None and key in ahead.parts:
                     self._came(ahead, span)
-                    self._write(what.round, ahead)
+                    if self._gathered is None and self._holder in (None, what.round):
+                        self._holder = what.round
+                        self._write(ahead)
+                        self._look_whether_done(what.round, ahead)
             case Kind.SUM:
                 coming = self._incoming.whole(what)
                 part = replace(partial_of(what), vector=coming.vector)
                 self._whole.setdefault(what.round, {})[key] = coming, part
+                if (ahead := self._ahead.get(what.round)) is not None and key in ahead.unfinished:
+                    ahead.unfinished.remove(key)
+                    self._look_whether_done(what.round, ahead)
             case Kind.VOID:
                 self._leave(key)
                 self._incoming.drop(what)
@@ -108,7 +120,7 @@ class SliceSums:
             part.samples, part.loss, part.weight, part.squares = said.samples, said.loss, said.weight, said.squares
         for merge in ahead.merges:
             merge.add_numbers()
-        self._write_ready(ahead)
+        self._write(ahead)
         assert len(ahead.written) == len(ahead.lacking)
         return Gathered(ahead.halves, is_written=True)
 
@@ -125,9 +137,8 @@ class SliceSums:
 
     def _look_ahead(self, what: Frame) -> None:
         """Begin to add a round up, where sums of all its places have begun, each place once."""
-        found = self._incoming.of(what.round) | {
-            key: coming for key, (coming, _) in self._whole.get(what.round, {}).items()
-        }
+        whole = self._whole.get(what.round, {})
+        found = self._incoming.of(what.round) | {key: coming for key, (coming, _) in whole.items()}
         ordered = sorted(found.items(), key=lambda each: each[1].block)
         ends = [0, *(coming.block.stop for _, coming in ordered)]
         if ends[-1] != what.samples or any(
@@ -147,7 +158,9 @@ class SliceSums:
             parts[key] = Partial(coming.vector, 0, 0.0, 0.0)
             merges += tree.plan(coming.block, parts[key])
         lacking = [len(parts) * (chunk.stop - chunk.start) for chunk in self._server.chunks]
-        ahead = self._ahead[what.round] = _Ahead(what.step, parts, merges, tree.halves(), memory, lacking)
+        unfinished = parts.keys() - whole.keys()
+        ahead = _Ahead(what.step, parts, merges, tree.halves(), memory, lacking, unfinished)
+        self._ahead[what.round] = ahead
         for coming in found.values():
             for span in coming.pieces:
                 self._came(ahead, span)
@@ -160,13 +173,8 @@ class SliceSums:
             if not ahead.lacking[number]:
                 ahead.ready.add(number)
 
-    def _write(self, round_: int, ahead: _Ahead) -> None:
-        """Write what is ready, unless another round's chunks are there."""
-        if self._gathered is None and self._holder in (None, round_):
-            self._holder = round_
-            self._write_ready(ahead)
-
-    def _write_ready(self, ahead: _Ahead) -> None:
+    def _write(self, ahead: _Ahead) -> None:
+        """Write what is ready."""
         for number in sorted(ahead.ready):
             chunk = self._server.chunks[number]
             for merge in ahead.merges:
@@ -174,6 +182,10 @@ class SliceSums:
             self._server.add_up(chunk, ahead.halves)
         ahead.written |= ahead.ready
         ahead.ready.clear()
+
+    def _look_whether_done(self, round_: int, ahead: _Ahead) -> None:
+        if self._done is not None and not ahead.unfinished and len(ahead.written) == len(ahead.lacking):
+            self._done(round_, list(ahead.parts), self._server.squares())
 
     def _leave(self, key: Key) -> None:
         """A sum will not be finished."""

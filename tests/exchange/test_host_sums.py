@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distrain.exchange.host_sums import HostSums
 from distrain.exchange.layout import Layout, Span
-from distrain.exchange.link import Frame, Kind, pushes_digest
+from distrain.exchange.link import Frame, Kind, rows_digest
 from distrain.exchange.memory import PushSlots
 from distrain.exchange.slices import cut
 from distrain.exchange.sums import Incoming
@@ -135,7 +135,7 @@ def test_what_a_host_owes_nothing_more_of_is_sent_ahead_and_not_again(scripted: 
     scripted.push(RIGHT, 3, 10.0)
     [(first, stop, digest, values)] = scripted.sums
     rows = ((LEFT, 0, 2, 3), (RIGHT, 0, 3, 4))
-    assert (first, stop, digest) == (2, 4, pushes_digest(rows)) and (values == 11.0).all()
+    assert (first, stop, digest) == (2, 4, rows_digest(rows)) and (values == 11.0).all()
     scripted.combine(*rows)
     assert len(scripted.sums) == 1
 
@@ -148,7 +148,7 @@ def test_where_less_counts_it_is_summed_again_from_pushes_that_are_as_they_were(
     row = (LEFT, 0, 2, 3)
     scripted.combine(row)
     first, stop, digest, values = scripted.sums[-1]
-    assert (first, stop, digest) == (2, 3, pushes_digest([row])) and (values == 1.0).all()
+    assert (first, stop, digest) == (2, 3, rows_digest([row])) and (values == 1.0).all()
     scripted.combine((RIGHT, 0, 3, 4))
     assert scripted.sums[-1][:2] == (3, 4) and (scripted.sums[-1][3] == 10.0).all()
 
@@ -198,7 +198,7 @@ def test_pieces_go_out_as_soon_as_all_have_them(streaming: Scripted):
     assert streaming.sent[3:] == [(0, Kind.SUM)] and streaming.kept[2:] == [Kind.PIECE, Kind.SUM]
     [(first, stop, digest, values)] = streaming.sums
     rows = ((LEFT, 0, 2, 3), (RIGHT, 0, 3, 4))
-    assert (first, stop, digest) == (2, 4, pushes_digest(rows)) and (values == 11.0).all()
+    assert (first, stop, digest) == (2, 4, rows_digest(rows)) and (values == 11.0).all()
     streaming.combine(*rows)
     assert len(streaming.sums) == 1
 

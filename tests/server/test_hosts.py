@@ -24,7 +24,7 @@ from distrain.config import (
 )
 from distrain.devices import Arithmetic
 from distrain.errors import DivergenceError, ServerLost
-from distrain.exchange.link import Frame, Kind, pushes_digest
+from distrain.exchange.link import Frame, Kind, rows_digest
 from distrain.exchange.sums import Incoming, open_frame, sum_frame
 from distrain.exchange.wire import WireDtype
 from distrain.reduction import Block, Partial
@@ -51,8 +51,9 @@ def cut_in_pieces_of(num_floats: int, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def many_pieces(monkeypatch):
-    """Vectors cross in several pieces, as those of large models do."""
+    """Vectors cross in several pieces, and are added up in several chunks, as those of large models are."""
     cut_in_pieces_of(48, monkeypatch)
+    monkeypatch.setattr("distrain.server.parameter_server.CHUNK_FLOATS", 64)
 
 
 def job(**loop) -> Job:
@@ -213,6 +214,36 @@ def test_a_host_of_two_workers_sends_one_sum_and_takes_one_set_of_parameters_a_s
         assert len(pieces) > 3 and all(a[1] == b[0] for a, b in pairwise(pieces)), "each value once"
 
 
+class TellingRelay(Relay):
+    said: ClassVar[list[Kind]] = []
+
+    def join(self, *server: Any) -> None:
+        send = self._hub.send
+
+        def noting(link, sent, **how):
+            self.said.append(sent.kind)
+            send(link, sent, **how)
+
+        self._hub.send = noting
+        super().join(*server)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_owner_has_added_up_and_said_so_before_it_is_to_update(staleness: int):
+    """Where there is no penalty, whose share of the norm is known only then."""
+    TellingRelay.said = []
+
+    def job_of(**loop) -> Job:
+        return replace(job(staleness=staleness, **loop), penalty=PenaltyConfig())
+
+    expected = train(job_of())[0].outcome.parameters_sha256
+    run = spread(job_of(num_workers=4, slices=2), [2, 2], relay_cls=TellingRelay)
+    assert finish(run) == expected
+    asked, told = (TellingRelay.said.count(kind) for kind in (Kind.SHARE, Kind.NORM))
+    assert told > 0 and asked + told >= 27
+    assert asked <= 3 or staleness, "but where a change of shares in the first steps split it"
+
+
 class HastyRelay(Relay):
     """Its sums are with their owners before the server hears of the pushes."""
 
@@ -275,11 +306,11 @@ def test_a_sum_counts_only_where_it_is_of_the_pushes_that_count():
     pushes = [Pushed(member, slot, Block(first, first + 1)) for slot, first in ((0, 2), (1, 3))]
     batch = Batch(pushes, 0.0, {0: 2})
     ours = [push.row for push in pushes]
-    assert batch.has(Block(2, 4), pushes_digest(ours)) and batch.has(Block(3, 4), pushes_digest(ours[1:]))
+    assert batch.has(Block(2, 4), rows_digest(ours)) and batch.has(Block(3, 4), rows_digest(ours[1:]))
     theirs = [ours[0], (8, 0, 3, 4)]
-    assert not batch.has(Block(2, 4), pushes_digest(theirs)), "another worker's push of the same shard"
-    assert not batch.has(Block(0, 4), pushes_digest([(7, 0, 0, 2), *ours])), "more than counts"
-    assert not batch.has(Block(0, 2), pushes_digest([])), "nothing of it"
+    assert not batch.has(Block(2, 4), rows_digest(theirs)), "another worker's push of the same shard"
+    assert not batch.has(Block(0, 4), rows_digest([(7, 0, 0, 2), *ours])), "more than counts"
+    assert not batch.has(Block(0, 2), rows_digest([])), "nothing of it"
 
 
 @pytest.mark.parametrize("slices", [1, 2])
