@@ -84,7 +84,7 @@ class Relay:
         self._layout, self._num_shards, self._token = layout, num_shards, token
         self._slice, self._server = slice_, server
         self._spans = cut(layout, num_slices)
-        self._slice_sums = SliceSums(server, True, self._tell_norm) if server is not None else None
+        self._slice_sums = SliceSums(server, is_ahead=True, done=self._tell_norm) if server is not None else None
         self._hub = Hub(token, ip if slice_ is not None else None)
         self._arrived: dict[tuple[int, int], int] = {}  # (slice, version) -> the update whose parameters are here
         self._owners: dict[int, SocketLink] = {}  # by slice, but for our own
