@@ -2,10 +2,10 @@
 
     python jobs/simulate.py [--compute-ms 100] [--workers 1 --workers 64] [--hosts 8]
 
-Each worker sleeps for `--compute-ms` a step, which takes no core, and then pushes a gradient of `--floats` values, so
-what a step takes beyond that is exchange, update, and this machine's cores, which all of them share. `--hosts` spreads
-them over so many relays, which add the pushes up and talk to the server over TCP, as on as many hosts. Prints a table
-of medians.
+Each worker sleeps for `--compute-ms` a step, which takes no core, and then pushes a gradient of `--floats` values in four
+tensors, so what a step takes beyond that is exchange, update, and this machine's cores, which all of them share.
+`--hosts` spreads them over so many relays, which add the pushes up and talk to the server over TCP, as on as many
+hosts. Prints a table of medians.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _IP = "127.0.0.1"
 @click.option("--steps", type=int, default=30, help="Measured, after a few to warm up")
 def main(workers: tuple[int, ...], compute_ms: float, floats: int, hosts: int, steps: int) -> None:
     """Measure each number of workers and print a table."""
-    model = Model(floats, seconds=compute_ms / 1000)
+    model = Model(floats, tensors=4, seconds=compute_ms / 1000)  # each costs a backward call in Python
     columns = [1, hosts] if hosts > 1 else [1]
     click.echo(
         "| workers | "
