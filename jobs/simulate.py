@@ -2,8 +2,8 @@
 
     python jobs/simulate.py [--compute-ms 100] [--workers 1 --workers 64] [--hosts 8]
 
-Each worker sleeps for `--compute-ms` a step, which takes no core, and then pushes a gradient of `--floats` values in four
-tensors, so what a step takes beyond that is exchange, update, and this machine's cores, which all of them share.
+Each worker sleeps for `--compute-ms` a step, which takes no core, and then pushes a gradient of `--floats` values in
+four tensors, so what a step takes beyond that is exchange, update, and this machine's cores, which all of them share.
 `--hosts` spreads them over so many relays, which add the pushes up and talk to the server over TCP, as on as many
 hosts. Prints a table of medians.
 """
