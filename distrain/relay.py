@@ -386,9 +386,9 @@ class Relay:
         if what.kind is Kind.SUM:
             self._hub.send(self._control, replace(what, kind=Kind.ARRIVED))
 
-    def _tell_norm(self, round_: int, keys: Collection[Key], squares: list[float]) -> None:
-        """Our slice's sums are added up: the server need not ask for their squares, should all of them count."""
-        told = Frame(Kind.NORM, round_, read=rows_digest(keys), payload=pack_values(squares))
+    def _tell_norm(self, round_: int, step: int, keys: Collection[Key], squares: list[float]) -> None:
+        """Our slice's sums are added up: the server need not ask for their squares, should just these count."""
+        told = Frame(Kind.NORM, round_, step, read=rows_digest(keys), payload=pack_values(squares))
         self._hub.send(self._control, told)
 
     def _apply(self, frame: Frame) -> None:
@@ -396,7 +396,7 @@ class Relay:
         assert self._server is not None and self._slice is not None and self._slice_sums is not None
         keys = [(host, number) for host, number in unpack_integers(frame, 2, frame.stop)]
         self._squares = unpack_values(frame.payload[8 * frame.stop :]) or None
-        gathered = self._slice_sums.gather(frame.round, frame.step - 1, frame.samples, keys)
+        gathered = self._slice_sums.gather(frame.round, frame.first, frame.samples, keys)
         try:
             if any(half.samples for half in gathered.halves):
                 self._server.apply(gathered, frame.step, scale=frame.loss)
@@ -411,8 +411,9 @@ class Relay:
         self._pass_tasks_on()
 
     def _share(self, values: list[float]) -> list[float]:
-        """Send the server our slice's values, and wait for those of all slices."""
-        if self._squares is not None:  # which come first
+        """Send the server our slice's values, and wait for those of all slices. An update's first are the squares of
+        the norm, which may have been told before."""
+        if self._squares is not None:
             known, self._squares = self._squares, None
             return known
         self._hub.send(self._control, Frame(Kind.SHARE, payload=pack_values(values)))

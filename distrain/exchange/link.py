@@ -63,7 +63,7 @@ class Kind(IntEnum):
     SUM = 24  # host -> owner: those were all; it is a sum of pushes of this digest
     VOID = 25  # host -> owner: the sum of that number will not be finished
     ARRIVED = 26  # owner -> server: such a sum is here; `slot` is the host it came from, `read` its pushes' digest
-    NORM = 33  # owner -> server: the squares of its slice's norm, float64, of the sums of a round of this digest
+    NORM = 33  # owner -> server: the squares of its slice's norm, float64, of these sums of a round: `read`, a digest
     APPLY = 27  # server -> owner: update with these sums, rows of (host, number); the squares of all slices may follow
     SHARE = 28  # owner -> server: float64 values of its slice; server -> owner: those of all slices, in order
     VALIDATED = 29  # server -> owner: the loss of a validation
@@ -79,7 +79,7 @@ class Frame:
     round: int = 0  # the exchange this belongs to; a push repeats the one it answers
     step: int = 0  # training step or validation step of the plan, from 0
     first: int = 0  # places in the round [first, stop): its shards, where no payload says otherwise; piece, and publish
-    stop: int = 0  # between hosts: values [first, stop) of the vector; apply: how many sums
+    stop: int = 0  # between hosts: values [first, stop) of the vector. Apply: the plan's step, and how many sums
     incarnation: int = 0
     slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -84,8 +84,8 @@ def withdraw_parameters(version: int, links: Iterable[SocketLink]) -> None:
 
 @dataclass(eq=False)
 class Coming:
-    """A sum over the slice of an owner, of which not all has come. `memory` is what is to be given back, where it does
-    not stay where it is; `opened` the frame that said what it is of; `pieces` have come."""
+    """A sum over the slice of an owner, as far as it has come: its `pieces`. `memory` is what is to be given back,
+    where it does not stay where it is; `opened` the frame that said what it is of."""
 
     vector: Tensor
     memory: memoryview | None = None
@@ -105,7 +105,6 @@ class Incoming:
     def __init__(self, wire: Wire, span: Span) -> None:
         self._wire, self._span = wire, span
         self._coming: dict[Key, Coming] = {}
-        self._lent: dict[int, list[memoryview]] = {}  # by round
 
     def place(self, piece: Frame) -> memoryview:
         """Where a piece's payload goes."""
@@ -128,30 +127,26 @@ class Incoming:
         return coming.pieces[-1]
 
     def of(self, round_: int) -> dict[Key, Coming]:
-        """What is coming, or has come, of a round."""
+        """What has begun to come of a round, and is not yet said to be whole."""
         return {k: c for k, c in self._coming.items() if c.opened is not None and c.opened.round == round_}
 
     def whole(self, what: Frame) -> Coming:
-        """A sum, all of whose pieces came before the frame that says so: on loan until its round is forgotten."""
+        """A sum, all of whose pieces came before the frame that says so. The caller gives it back."""
         coming = self._coming.pop(_key(what), None)
         came = sum(map(len, coming.pieces)) if coming is not None else 0
         if coming is None or coming.opened is None or came != len(self._span):
             raise LinkError(f"of a sum of {len(self._span)} values, {came} came")
-        if coming.memory is not None:
-            self._lent.setdefault(what.round, []).append(coming.memory)
         return coming
+
+    def give_back(self, coming: Coming) -> None:
+        """Nobody reads a sum any more."""
+        if coming.memory is not None:
+            self._wire.pool.give(coming.memory)
 
     def drop(self, what: Frame) -> None:
         """A sum is of no use. To be called when none of its pieces is being received."""
-        coming = self._coming.pop(_key(what), None)
-        if coming is not None and coming.memory is not None:
-            self._wire.pool.give(coming.memory)
-
-    def forget(self, is_over: Callable[[int], bool]) -> None:
-        """Nobody reads the sums of these rounds any more."""
-        for number in [number for number in self._lent if is_over(number)]:
-            for memory in self._lent.pop(number):
-                self._wire.pool.give(memory)
+        if (coming := self._coming.pop(_key(what), None)) is not None:
+            self.give_back(coming)
 
     def lose(self, host: int) -> list[Key]:
         """A host is gone: what it began to send never becomes whole. Returns what that is."""

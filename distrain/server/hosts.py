@@ -2,8 +2,9 @@
 
 With one slice, the server owns the whole vector, and each host's relay sends it one sum a step. With k of them, the
 server owns the last and k - 1 relays one each; every host, the server's own included, sends each owner its span of the
-host's sum. An owner tells the server what has arrived; a sum counts once all owners have it. Then the server has all
-of them update, where they share the squared norms of their gradients, and each sends its parameters to every host.
+host's sum. An owner tells the server what has arrived, and the squares of its norm once all has; a sum counts once all
+owners have it. Then the server has all of them update, with the squares of all slices, and each sends its parameters to
+every host.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from distrain.exchange.sums import Key, send_parameters, withdraw_parameters
 from distrain.learning.optimizer_state import merge_optimizers, optimizer_of, pack_optimizer, unpack_optimizer
 from distrain.reduction import Block
 from distrain.server.members import Batch, Host
-from distrain.server.parameter_server import ParameterServer
-from distrain.server.slice_sums import Gathered, SliceSums
+from distrain.server.parameter_server import Gathered, ParameterServer
+from distrain.server.slice_sums import SliceSums
 
 _POLL_SECONDS = 0.25
 OPTIMIZER, PARAMETERS, AVERAGED = 0, 1, 2  # what COLLECT asks for: its `slot`
@@ -78,7 +79,7 @@ class Hosts:
         self._by_number: dict[int, Host] = {} if self.local is None else {0: self.local}
         self._numbers = 0
         self._stash: deque[tuple[SocketLink, Frame | LinkError]] = deque()
-        self.sums = SliceSums(server, is_ahead=num_slices > 1)
+        self.slice_sums = SliceSums(server, is_ahead=num_slices > 1)
         self._counted: dict[int, list[Key]] = {}  # by round: sums
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
         self._squares: list[float] | None = None  # of the update that is made, of all slices, where they are known
@@ -151,7 +152,7 @@ class Hosts:
         """A relay is gone. Raises ServerLost when it owned a slice."""
         host = self._by_link.pop(link)
         del self._by_number[host.number]
-        self.sums.lose(host.number)
+        self.slice_sums.lose(host.number)
         for round_, early in self._early.items():
             self._early[round_] = [each for each in early if each[1] is not host]
         if not self._by_link:
@@ -184,7 +185,7 @@ class Hosts:
 
     def _take(self, host: Host, what: Frame, vector: Tensor | None = None) -> None:
         """A host, or the server's, says something of a sum over the server's slice."""
-        self.sums.take(what, vector)
+        self.slice_sums.take(what, vector)
         if what.kind is Kind.SUM:
             self._has(self._own, host, what)
 
@@ -240,7 +241,7 @@ class Hosts:
     def _place(self, frame: Frame) -> memoryview | None:
         """Where a relay's payload goes."""
         if frame.kind is Kind.PIECE:
-            return self.sums.place(frame)
+            return self.slice_sums.place(frame)
         if frame.kind is Kind.PUBLISH:
             return self._wire.parameters(self._server.published[frame.version], Span(frame.first, frame.stop))
         return None
@@ -262,20 +263,21 @@ class Hosts:
         self._squares = None
         for owner in self._owners.values():
             owner.norms = {number: norm for number, norm in owner.norms.items() if number in self._open}
-        self.sums.forget(lambda number: number not in self._open)
+        self.slice_sums.forget(lambda number: number not in self._open)
         for number in [number for number in self._early if number not in self._open]:
             del self._early[number]
 
     # Updates
 
-    def begin_update(self, round_: int, count: int, step: int, scale: float) -> Gathered:
-        """Have the other owners apply a round of `count` places, computed with this loss scale, as update `step`.
-        Returns what it adds up to on the server's own slice."""
+    def begin_update(self, round_: int, plan_step: int, count: int, step: int, scale: float) -> Gathered:
+        """Have the other owners apply a round of `count` places of a step of the plan, computed with this loss scale,
+        as update `step`. Returns what it adds up to on the server's own slice."""
         keys, oldest = self._counted.get(round_, []), min(self._open, default=round_ + 1)
-        gathered = self.sums.gather(round_, step - 1, count, keys)
+        gathered = self.slice_sums.gather(round_, plan_step, count, keys)
         norms, digest = [self._owners[slice_].norms.get(round_) for slice_ in range(self._own)], rows_digest(keys)
         payload = pack_integers(keys)
-        if gathered.is_written and all(norm is not None and norm.read == digest for norm in norms):
+        are_known = all(norm is not None and (norm.step, norm.read) == (plan_step, digest) for norm in norms)
+        if gathered.is_written and are_known:
             squares = b"".join(bytes(norm.payload) for norm in norms if norm is not None)
             squares += pack_values(self._server.squares())
             self._squares = unpack_values(squares)
@@ -283,7 +285,7 @@ class Hosts:
         for owner in self._owners.values():
             assert owner.link is not None
             frame = Frame(
-                Kind.APPLY, round_, step, stop=len(keys), read=oldest, samples=count, loss=scale, payload=payload
+                Kind.APPLY, round_, step, plan_step, len(keys), read=oldest, samples=count, loss=scale, payload=payload
             )
             self._hub.send(owner.link, frame)
         return gathered
@@ -312,8 +314,9 @@ class Hosts:
         self._send(version, self._step, Span(0, self._server.span.stop), list(self._by_link))
 
     def _share(self, values: list[float]) -> list[float]:
-        """The values of all slices, in order; the server's own are the last."""
-        if self._squares is not None:  # which come first
+        """The values of all slices, in order; the server's own are the last. An update's first are the squares of the
+        norm, which the owners may have told before."""
+        if self._squares is not None:
             known, self._squares = self._squares, None
             return known
         self._await(lambda owner: owner.shared is not None)

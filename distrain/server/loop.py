@@ -332,16 +332,16 @@ class Loop:
 
     def _apply(self, round_: Round, watch: LayerWatch | None, lag: int) -> tuple[Update, tuple[Partial, ...]]:
         """Apply what a round gave. Where all of it was skipped, the parameters stay as they are."""
-        gathered = self._rounds.gather(round_, self.step + 1)
+        gathered = self._rounds.begin_update(round_, self.step + 1)
         try:
             if round_.skipped and not any(half.samples for half in gathered.halves):
                 update = self._server.skip(self.step + 1)
             else:
                 read = round_.owner.own if self._settings.asynchronous and round_.owner is not None else None
                 update = self._server.apply(gathered, self.step + 1, read, round_.scale, watch, lag)
-            self._hosts.finish_update(self.step + 1)
         finally:
             self._hosts.forget(round_.number)
+        self._hosts.finish_update(self.step + 1)
         return update, gathered.halves
 
     def _checked(self, microbatches: Sequence[Microbatch], read: int) -> Round:

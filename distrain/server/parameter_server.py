@@ -171,7 +171,7 @@ class ParameterServer:
         loss = sum(half.loss for half in halves) / weight
         self._average(gathered, samples, weight)
         norm = data_norm = total_norm(self._of_all_slices(self.squares())) / weight
-        is_finite = norm <= _MOST  # more could not be averaged
+        is_finite = norm <= _MOST  # beyond, what it is of may not fit into float32
         if scale and self.loss_scale is not None and math.isfinite(loss):
             if is_finite:
                 self.loss_scale.applied(step, scale)

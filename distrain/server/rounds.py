@@ -148,7 +148,7 @@ class Rounds:
         version, slots = self._server.version(read, kind is Kind.VALIDATE), update % self._window
         is_gradient = kind in GRADIENTS
         scale = self._server.scale_after(read) if is_gradient else 0.0
-        finish = self._server.wire.rounding(microbatches[0][0], self._server.span.start) if is_gradient else None
+        finish = self._server.wire.rounding(microbatches[0][0]) if is_gradient else None
         tree = TreeSum(count, finish)
         round_ = Round(number, kind, tuple(microbatches), needed, version, read, slots, tree, scale)
         self._open[number] = round_
@@ -177,10 +177,12 @@ class Rounds:
             self._tell("recovered", message, seconds=seconds)
         return tuple(taken), missing
 
-    def gather(self, round_: Round, step: int) -> Gathered:
-        """What a round adds up to, which is over, for update `step`."""
+    def begin_update(self, round_: Round, step: int) -> Gathered:
+        """Begin update `step` with a round that is over: other slices' owners make theirs, where there are any. Returns
+        what it adds up to."""
         if self.hosts.is_sliced:
-            return self.hosts.begin_update(round_.number, len(round_.microbatches), step, round_.scale)
+            plan_step, count = round_.microbatches[0][0], len(round_.microbatches)
+            return self.hosts.begin_update(round_.number, plan_step, count, step, round_.scale)
         return Gathered(round_.tree.halves(), round_.tree.late)
 
     def wake(self) -> None:
@@ -467,7 +469,9 @@ class Rounds:
     def _settled(self, host: Host, number: int, batch: Batch) -> None:
         """All owners have the sums of some pushes."""
         for key, block in batch.sums:
-            self._put(self._open[number], block, None if self.hosts.is_sliced else self.hosts.sums.part(number, key))
+            self._put(
+                self._open[number], block, None if self.hosts.is_sliced else self.hosts.slice_sums.part(number, key)
+            )
 
     def _let_go(self) -> None:
         """Send those away that are to leave and owe nothing any more."""

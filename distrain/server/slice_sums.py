@@ -23,9 +23,8 @@ from distrain.server.parameter_server import Gathered, ParameterServer
 
 _FLOAT_BYTES = 4
 
-
-Done = Callable[[int, Collection[Key], list[float]], None]
-"""Told that these sums of a round are added up, and the squares of the norm's pieces."""
+Done = Callable[[int, int, Collection[Key], list[float]], None]
+"""Told that these sums of a round are added up, for a step of the plan, and the squares of the norm's pieces."""
 
 
 @dataclass(eq=False)
@@ -74,17 +73,14 @@ class SliceSums:
                 span, ahead = self._incoming.take(what), self._ahead.get(what.round)
                 if ahead is not None and key in ahead.parts:
                     self._came(ahead, span)
-                    if self._gathered is None and self._holder in (None, what.round):
-                        self._holder = what.round
-                        self._write(ahead)
-                        self._look_whether_done(what.round, ahead)
+                    self._go_on(what.round)
             case Kind.SUM:
                 coming = self._incoming.whole(what)
                 part = replace(partial_of(what), vector=coming.vector)
                 self._whole.setdefault(what.round, {})[key] = coming, part
                 if (ahead := self._ahead.get(what.round)) is not None and key in ahead.unfinished:
                     ahead.unfinished.remove(key)
-                    self._look_whether_done(what.round, ahead)
+                    self._go_on(what.round)
             case Kind.VOID:
                 self._leave(key)
                 self._incoming.drop(what)
@@ -101,8 +97,8 @@ class SliceSums:
         return self._whole[round_][key][1]
 
     def gather(self, round_: int, step: int, count: int, keys: Collection[Key]) -> Gathered:
-        """What these sums, which are whole, add up to, of a round of `count` places. It is to be applied, and then to
-        be forgotten, before another one is gathered."""
+        """What these sums, which are whole, add up to, of a round of `count` places and the plan's `step`. It is to be
+        applied, and then to be forgotten, before another one is gathered."""
         ahead = self._ahead.pop(round_, None)
         if self._holder is not None and self._holder != round_:
             other = self._ahead[self._holder]
@@ -126,14 +122,16 @@ class SliceSums:
 
     def forget(self, is_over: Callable[[int], bool]) -> None:
         """These rounds are applied, or never will be."""
-        self._incoming.forget(is_over)
         for round_ in [round_ for round_ in self._whole if is_over(round_)]:
-            del self._whole[round_]
+            for coming, _ in self._whole.pop(round_).values():
+                self._incoming.give_back(coming)
         for round_ in [round_ for round_ in self._ahead if is_over(round_)]:
             self._end(round_)
         if self._gathered is not None and is_over(self._gathered[0]):
             self._give_back(self._gathered[1])
             self._gathered = None
+            if self._ahead:
+                self._go_on(min(self._ahead))
 
     def _look_ahead(self, what: Frame) -> None:
         """Begin to add a round up, where sums of all its places have begun, each place once."""
@@ -173,6 +171,15 @@ class SliceSums:
             if not ahead.lacking[number]:
                 ahead.ready.add(number)
 
+    def _go_on(self, round_: int) -> None:
+        """Write what is ready of a round, unless another one's chunks are there; and say so when that was all."""
+        if self._gathered is not None or self._holder not in (None, round_):
+            return
+        self._holder, ahead = round_, self._ahead[round_]
+        self._write(ahead)
+        if self._done is not None and not ahead.unfinished and len(ahead.written) == len(ahead.lacking):
+            self._done(round_, ahead.step, list(ahead.parts), self._server.squares())
+
     def _write(self, ahead: _Ahead) -> None:
         """Write what is ready."""
         for number in sorted(ahead.ready):
@@ -182,10 +189,6 @@ class SliceSums:
             self._server.add_up(chunk, ahead.halves)
         ahead.written |= ahead.ready
         ahead.ready.clear()
-
-    def _look_whether_done(self, round_: int, ahead: _Ahead) -> None:
-        if self._done is not None and not ahead.unfinished and len(ahead.written) == len(ahead.lacking):
-            self._done(round_, list(ahead.parts), self._server.squares())
 
     def _leave(self, key: Key) -> None:
         """A sum will not be finished."""

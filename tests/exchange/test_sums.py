@@ -14,6 +14,7 @@ from distrain.exchange.layout import Layout, Span
 from distrain.exchange.link import Frame, Hub, Kind
 from distrain.exchange.memory import Published
 from distrain.exchange.sums import (
+    Coming,
     Incoming,
     open_frame,
     piece_frame,
@@ -146,7 +147,6 @@ def test_the_sum_of_the_owners_own_host_stays_where_it_is():
     assert owner.incoming.whole(what).vector is vector
     owner.incoming.open(open_frame(5, 4, 8, 1, 0, BLOCK), vector)
     owner.incoming.drop(what)
-    owner.incoming.forget(lambda round_: True)
     assert not owner.wire.pool._free, "no memory of the pool's"
 
 
@@ -161,23 +161,23 @@ def test_a_sum_that_lacks_a_piece_is_an_error():
         owner.incoming.whole(what)
 
 
-def test_memory_is_used_again_once_its_round_is_over_or_the_sum_refused():
+def test_memory_is_used_again_once_it_is_given_back_or_the_sum_is_dropped():
     owner = Owner()
 
-    def arrive(number: int) -> int:
-        *frames, what = owner.send_sum(1.0, number=number, round_=number)
+    def arrive(number: int) -> Coming:
+        *frames, what = owner.send_sum(1.0, number=number)
         for frame in frames:
             owner.take(frame)
-        if number == 2:
-            owner.incoming.drop(what)
-            return 0
-        return owner.incoming.whole(what).vector.data_ptr()
+        return owner.incoming.whole(what)
 
     first, second = arrive(0), arrive(1)
-    assert first != second
-    owner.incoming.forget(lambda round_: round_ == 0)
-    arrive(2)  # in the first one's, and is refused
-    assert arrive(3) == first
+    assert first.vector.data_ptr() != second.vector.data_ptr()
+    owner.incoming.give_back(first)
+    *frames, what = owner.send_sum(1.0, number=2)  # in the first one's
+    for frame in frames:
+        owner.take(frame)
+    owner.incoming.drop(what)
+    assert arrive(3).vector.data_ptr() == first.vector.data_ptr()
 
 
 def test_what_a_lost_host_began_to_send_is_forgotten():

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from distrain.checkpoint import Snapshot
 from distrain.config import (
     AveragingConfig,
     ClipConfig,
@@ -151,7 +152,7 @@ def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
     hosts, layout = run.loop._hosts, run.server.layout
     host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
     piece = Frame(Kind.PIECE, 3, stop=layout.num_floats, slot=host.number)
-    piece.payload = hosts.sums.place(piece)
+    piece.payload = hosts.slice_sums.place(piece)
     hosts.note(host, open_frame(3, 0, 1, host.number, 0, Block(0, 1)))
     hosts.note(host, piece)
     hosts._open[3] = Mock()  # type: ignore[index]
@@ -160,24 +161,23 @@ def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
     hosts.lose(link, "a test")
     del hosts._open[3]  # type: ignore[attr-defined]
     hosts.forget(3)
-    assert not hosts._early and not hosts.sums._whole and not hosts.sums._incoming._lent
+    assert not hosts._early and not hosts.slice_sums._whole
     run.hub.close()
 
 
-def test_an_owner_that_has_a_sum_that_is_not_wanted_leaves_it_where_it_is_still_coming():
+def test_a_sum_of_a_round_that_is_over_gives_its_memory_back():
     run, link = open_run(job()), Mock(shared=False, sending=False)
     hosts, layout = run.loop._hosts, run.server.layout
     host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
-    what = sum_frame(3, host.number, 0, Block(0, 1), 77, Partial(None, 1, 0.0, 1.0))
     hosts.note(host, open_frame(3, 0, 1, host.number, 0, Block(0, 1)))
     for first, stop in ((0, 48), (48, layout.num_floats)):
         piece = Frame(Kind.PIECE, 3, first=first, stop=stop, slot=host.number)
-        piece.payload = hosts.sums.place(piece)
-        hosts._has(0, host, replace(what, kind=Kind.ARRIVED))  # in a round that is over
+        piece.payload = hosts.slice_sums.place(piece)
         hosts.note(host, piece)
-    hosts.note(host, what)
+    hosts.note(host, sum_frame(3, host.number, 0, Block(0, 1), 77, Partial(None, 1, 0.0, 1.0)))
+    assert not hosts._early and not run.server.wire.pool._free
     hosts.forget(2)
-    assert not hosts.sums._incoming._coming and not hosts.sums._incoming._lent
+    assert not hosts.slice_sums._whole and run.server.wire.pool._free
     run.hub.close()
 
 
@@ -214,34 +214,24 @@ def test_a_host_of_two_workers_sends_one_sum_and_takes_one_set_of_parameters_a_s
         assert len(pieces) > 3 and all(a[1] == b[0] for a, b in pairwise(pieces)), "each value once"
 
 
-class TellingRelay(Relay):
-    said: ClassVar[list[Kind]] = []
+class ToldRelay(Relay):
+    """Notes of each update whether the norm came with the word to make it."""
 
-    def join(self, *server: Any) -> None:
-        send = self._hub.send
+    had_norm: ClassVar[list[bool]] = []
 
-        def noting(link, sent, **how):
-            self.said.append(sent.kind)
-            send(link, sent, **how)
-
-        self._hub.send = noting
-        super().join(*server)
+    def _from_server(self, frame: Frame) -> None:
+        if frame.kind is Kind.APPLY:
+            self.had_norm.append(len(frame.payload) > 8 * frame.stop)
+        super()._from_server(frame)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_an_owner_has_added_up_and_said_so_before_it_is_to_update(staleness: int):
-    """Where there is no penalty, whose share of the norm is known only then."""
-    TellingRelay.said = []
-
-    def job_of(**loop) -> Job:
-        return replace(job(staleness=staleness, **loop), penalty=PenaltyConfig())
-
-    expected = train(job_of())[0].outcome.parameters_sha256
-    run = spread(job_of(num_workers=4, slices=2), [2, 2], relay_cls=TellingRelay)
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_owners_have_added_up_and_said_so_before_they_are_to_update(staleness: int):
+    ToldRelay.had_norm = []
+    expected = train(job(staleness=staleness))[0].outcome.parameters_sha256
+    run = spread(job(num_workers=4, slices=2, staleness=staleness), [2, 2], relay_cls=ToldRelay)
     assert finish(run) == expected
-    asked, told = (TellingRelay.said.count(kind) for kind in (Kind.SHARE, Kind.NORM))
-    assert told > 0 and asked + told >= 27
-    assert asked <= 3 or staleness, "but where a change of shares in the first steps split it"
+    assert len(ToldRelay.had_norm) == 27 and sum(ToldRelay.had_norm) > 13, "but where a helper's copy comes as well"
 
 
 class HastyRelay(Relay):
@@ -501,17 +491,37 @@ def test_stopped_and_resumed_at_another_number_of_slices(before: int, after: int
     expected = train(job_of())[0].outcome.parameters_sha256
     first = spread(job_of(max_steps=13, num_workers=2, slices=before), [1, 1, 0])
     finish(first)
-    first.reports.drain()
-    snapshots = []
-    while (snapshot := first.reports.take_snapshot()) is not None:
-        snapshots.append(snapshot)
-    the_job = job_of(num_workers=2, slices=after)
+    assert resumed(last_snapshot(first), job_of(num_workers=2, slices=after)) == expected
+
+
+def last_snapshot(run: Run) -> Snapshot:
+    run.reports.drain()
+    *_, last = iter(run.reports.take_snapshot, None)
+    return last
+
+
+def resumed(snapshot: Snapshot, the_job: Job, **state: Any) -> str:
+    """Go on from a snapshot, on two hosts or as many as there are slices."""
     run = open_run(the_job)
-    run.loop.restore(13, load(snapshots[-1].model), snapshots[-1].state, load(snapshots[-1].optimizer))
-    run.relays = [start_relay(run, the_job, s) for s in range(after - 1)] or [start_relay(run, the_job)]
+    run.loop.restore(13, load(snapshot.model), {**snapshot.state, **state}, load(snapshot.optimizer))
+    run.relays = [start_relay(run, the_job, s) for s in range(the_job.loop.slices - 1)] or [start_relay(run, the_job)]
     start_worker(run, the_job, 0)
     start_worker(run, the_job, 1, relay=run.relays[0])
-    assert finish(run) == expected
+    return finish(run)
+
+
+def test_where_updates_and_the_plans_steps_differ_slices_round_as_one_server_does():
+    """As after a resume with other rows, which begins the epoch anew."""
+
+    def job_of(**loop) -> Job:
+        made = replace(job(num_workers=2, **loop), schedule=ScheduleConfig(name="CosineAnnealingLR", T_max=20))
+        return replace(made, options=WorkerOptions(wire_dtype="bf16"))
+
+    first = spread(job_of(max_steps=13), [1, 1])
+    finish(first)
+    snapshot = last_snapshot(first)
+    one, two, three = (resumed(snapshot, job_of(slices=slices), agenda={"epoch": 1}) for slices in (1, 2, 3))
+    assert one == two == three
 
 
 def test_a_diverging_run_ends_on_every_host():
