@@ -100,7 +100,6 @@ class Relay:
         self._by_link: dict[SocketLink, _Worker] = {}
         self._tasks: list[Frame] = []  # whose parameters are not all here
         self._shared: Any = None  # payload of a SHARE
-        self._squares: list[float] | None = None  # of the update that is made, of all slices, where they are known
         self._waiting: deque[tuple[SocketLink, Frame | LinkError]] = deque()  # what has come
 
     @property
@@ -395,8 +394,8 @@ class Relay:
         """Update our slice with a round's sums, and send its parameters to every host."""
         assert self._server is not None and self._slice is not None and self._slice_sums is not None
         keys = [(host, number) for host, number in unpack_integers(frame, 2, frame.stop)]
-        self._squares = unpack_values(frame.payload[8 * frame.stop :]) or None
-        gathered = self._slice_sums.gather(frame.round, frame.first, frame.samples, keys)
+        squares = unpack_values(frame.payload[8 * frame.stop :]) or None
+        gathered = replace(self._slice_sums.gather(frame.round, frame.first, frame.samples, keys), squares=squares)
         try:
             if any(half.samples for half in gathered.halves):
                 self._server.apply(gathered, frame.step, scale=frame.loss)
@@ -405,17 +404,12 @@ class Relay:
         except (DivergenceError, TrainingDataError):  # the server finds the same, and says what follows
             return
         finally:
-            self._squares = None
             self._slice_sums.forget(lambda round_: round_ == frame.round or round_ < frame.read)
         self._arrived[self._slice, self._server.version(frame.step, is_validation=False)] = frame.step
         self._pass_tasks_on()
 
     def _share(self, values: list[float]) -> list[float]:
-        """Send the server our slice's values, and wait for those of all slices. An update's first are the squares of
-        the norm, which may have been told before."""
-        if self._squares is not None:
-            known, self._squares = self._squares, None
-            return known
+        """Send the server our slice's values, and wait for those of all slices."""
         self._hub.send(self._control, Frame(Kind.SHARE, payload=pack_values(values)))
         later: list[tuple[SocketLink, Frame | LinkError]] = []
         while self._shared is None:

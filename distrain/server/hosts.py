@@ -13,6 +13,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,6 @@ class Hosts:
         self.slice_sums = SliceSums(server, is_ahead=num_slices > 1)
         self._counted: dict[int, list[Key]] = {}  # by round: sums
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
-        self._squares: list[float] | None = None  # of the update that is made, of all slices, where they are known
         self._step = 0
         self._averaged_at = -1  # the update after which the other slices' averages were brought here
         self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
@@ -260,7 +260,6 @@ class Hosts:
     def forget(self, round_: int) -> None:
         """A round is over and applied: its buffers are free."""
         self._counted.pop(round_, None)
-        self._squares = None
         for owner in self._owners.values():
             owner.norms = {number: norm for number, norm in owner.norms.items() if number in self._open}
         self.slice_sums.forget(lambda number: number not in self._open)
@@ -280,7 +279,7 @@ class Hosts:
         if gathered.is_written and are_known:
             squares = b"".join(bytes(norm.payload) for norm in norms if norm is not None)
             squares += pack_values(self._server.squares())
-            self._squares = unpack_values(squares)
+            gathered = replace(gathered, squares=unpack_values(squares))
             payload += squares
         for owner in self._owners.values():
             assert owner.link is not None
@@ -314,11 +313,7 @@ class Hosts:
         self._send(version, self._step, Span(0, self._server.span.stop), list(self._by_link))
 
     def _share(self, values: list[float]) -> list[float]:
-        """The values of all slices, in order; the server's own are the last. An update's first are the squares of the
-        norm, which the owners may have told before."""
-        if self._squares is not None:
-            known, self._squares = self._squares, None
-            return known
+        """The values of all slices, in order; the server's own are the last."""
         self._await(lambda owner: owner.shared is not None)
         shares = [bytes(self._owners[slice_].shared) for slice_ in range(self._own)]
         payload = b"".join(shares) + pack_values(values)

@@ -60,11 +60,13 @@ class Update:
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """What a step's gradients add up to: the last two halves of the sum over all shards, and what is to be added up
-    before they are read. Or that was done, and all chunks are written (see `ParameterServer.add_up`)."""
+    before they are read. Or that was done, and all chunks are written (see `ParameterServer.add_up`); then the squares
+    of the norm's pieces may be known, of all slices."""
 
     halves: tuple[Partial, ...]
     late: Sequence[Merge] = ()
     is_written: bool = False
+    squares: Sequence[float] | None = None
 
 
 class ParameterServer:
@@ -170,7 +172,8 @@ class ParameterServer:
             )
         loss = sum(half.loss for half in halves) / weight
         self._average(gathered, samples, weight)
-        norm = data_norm = total_norm(self._of_all_slices(self.squares())) / weight
+        squares = gathered.squares if gathered.squares is not None else self._of_all_slices(self.squares())
+        norm = data_norm = total_norm(squares) / weight
         is_finite = norm <= _MOST  # beyond, what it is of may not fit into float32
         if scale and self.loss_scale is not None and math.isfinite(loss):
             if is_finite:
