@@ -8,9 +8,11 @@ itself; the result does not depend on who added, nor on when.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+K = TypeVar("K")
 
 _NO_SLOT = -1
 
@@ -100,6 +102,29 @@ class Merge:
         total.squares = left.squares + right.squares
 
 
+@dataclass(eq=False, slots=True)
+class Planned(Generic[K]):
+    """Sums that were planned before what they are of is there. `nodes` are those that do not merge further, in shard
+    order."""
+
+    parts: dict[K, Partial]
+    merges: list[Merge]
+    nodes: list[tuple[Block, Partial]]
+
+    def add(self, values: slice) -> None:
+        """Add up these values, which all parts have."""
+        for merge in self.merges:
+            merge.add(values)
+
+    def add_numbers(self, said: Mapping[K, Partial]) -> None:
+        """Add up everything but the vectors, once that is known of all parts."""
+        for key, part in self.parts.items():
+            known = said[key]
+            part.samples, part.loss, part.weight, part.squares = known.samples, known.loss, known.weight, known.squares
+        for merge in self.merges:
+            merge.add_numbers()
+
+
 class TreeSum:
     """Sums the parts of a step in the fixed order, as far as what has been put allows. `finish` is done to each sum of
     two halves but the root's. What is put is added to, unless `fresh` gives vectors for sums.
@@ -146,6 +171,15 @@ class TreeSum:
         self._by_first[block.first] = (block, part)
         self._by_stop[block.stop] = block
         return merges
+
+    def plan_all(self, parts: Iterable[tuple[K, Block, Any]]) -> Planned[K]:
+        """Take blocks' vectors, which may not be computed yet, in shard order, each with a key of the caller's."""
+        planned: Planned[K] = Planned({}, [], [])
+        for key, block, vector in parts:
+            planned.parts[key] = Partial(vector, 0, 0.0, 0.0)
+            planned.merges += self.plan(block, planned.parts[key])
+        planned.nodes += self
+        return planned
 
     def _merge(self, block: Block, left: Partial, right: Partial) -> Merge:
         total = left

@@ -9,20 +9,19 @@ another one is made.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from distrain.exchange.layout import Layout, Span
+from distrain.exchange.layout import Layout, Span, overlaps
 from distrain.exchange.link import Frame, Hub, Kind, SocketLink, rows_digest
 from distrain.exchange.memory import PushSlots
 from distrain.exchange.slices import cut
 from distrain.exchange.sums import open_frame, partial_of, piece_frame, send_piece, sum_frame
 from distrain.exchange.wire import Wire
-from distrain.reduction import Block, Merge, Partial, TreeSum
+from distrain.reduction import Block, Planned, TreeSum
 
 _REMEMBERED = 8  # rounds whose pushes are kept, beyond those in flight
 
@@ -36,11 +35,10 @@ where the frame that opens the sum comes with them."""
 
 @dataclass(eq=False)
 class _Sum:
-    """A sum under way, of these pushes. Its nodes are numbered, since there may be several that do not merge."""
+    """A sum under way, of pushes. Its nodes are numbered, since there may be several that do not merge."""
 
-    parts: dict[Row, Partial]
-    merges: list[Merge]
-    nodes: list[tuple[int, Block, Partial]]
+    planned: Planned[Row]
+    numbers: list[int]
     lacking: dict[Row, dict[Span, int]]  # values of each piece that are not computed yet, where there are any
     unsent: set[Span]  # pieces
 
@@ -104,7 +102,6 @@ class HostSums:
         rows = itertools.zip_longest(*by_slice)  # so that all owners get their first pieces first
         self._pieces: dict[Span, int] = dict(each for row in rows for each in row if each is not None)
         self._from_left = sorted(self._pieces, key=lambda piece: piece.start)
-        self._starts = [piece.start for piece in self._from_left]
         self._slots: dict[int, PushSlots] = {}  # by incarnation
         self._gone: dict[int, int] = {}  # incarnation -> the newest round when it went
         self._work: dict[int, _Work] = {}  # by round
@@ -121,7 +118,9 @@ class HostSums:
         for work in self._work.values():
             work.owed = {key: stop for key, stop in work.owed.items() if key[0] != incarnation}
             work.ready = {row: spans for row, spans in work.ready.items() if row[0] != incarnation}
-            if work.sum is not None and any(row[0] == incarnation and row not in work.said for row in work.sum.parts):
+            if work.sum is not None and any(
+                row[0] == incarnation and row not in work.said for row in work.sum.planned.parts
+            ):
                 self._void(work)
 
     def asked(self, task: Frame) -> None:
@@ -143,7 +142,7 @@ class HostSums:
         if work.sum is None:
             if work.is_all_under_way:
                 self._begin(frame.round, work, work.waiting | work.ready.keys())
-        elif row in work.sum.parts:
+        elif row in work.sum.planned.parts:
             self._advance(frame.round, work.sum, row, span)
 
     def pushed(self, frame: Frame) -> None:
@@ -183,28 +182,24 @@ class HostSums:
             return torch.frombuffer(work.memory[-1], dtype=torch.float32)
 
         tree = TreeSum(work.count, self._wire.rounding(work.step), fresh)
-        parts: dict[Row, Partial] = {}
-        merges: list[Merge] = []
-        for row in sorted(rows, key=lambda row: row[2]):
-            incarnation, slot, first, stop = row
-            parts[row] = Partial(self._slots[incarnation][slot], 0, 0.0, 0.0, slot)
-            merges += tree.plan(Block(first, stop), parts[row])
-        nodes = [(next(self._numbers), block, part) for block, part in tree]
-        lacking = {row: {p: len(p) for p in self._pieces} if row not in work.said else {} for row in parts}
-        work.sum = _Sum(parts, merges, nodes, lacking, set(self._pieces))
-        for number, block, part in nodes:
+        ordered = sorted(rows, key=lambda row: row[2])
+        planned = tree.plan_all((row, Block(*row[2:]), self._slots[row[0]][row[1]]) for row in ordered)
+        numbers = [next(self._numbers) for _ in planned.nodes]
+        lacking = {row: {p: len(p) for p in self._pieces} if row not in work.said else {} for row in ordered}
+        work.sum = _Sum(planned, numbers, lacking, set(self._pieces))
+        for number, (block, part) in zip(numbers, planned.nodes, strict=True):
             self._tell(open_frame(round_, work.step, work.count, self.number, number, block), part.vector)
-        for row in parts:
+        for row in ordered:
             for span in work.ready.get(row, []):
                 self._advance(round_, work.sum, row, span)
         return work.sum
 
     def _advance(self, round_: int, sum_: _Sum, row: Row, span: Span) -> None:
         """More is there of a push: send the pieces that lack nothing any more."""
-        place = bisect_right(self._starts, span.start) - 1
-        for piece in self._from_left[place : bisect_left(self._starts, span.stop)]:
+        for place, num_values in overlaps(self._from_left, span):
+            piece = self._from_left[place]
             assert piece in sum_.lacking[row], "a value is told READY once"
-            sum_.lacking[row][piece] -= min(piece.stop, span.stop) - max(piece.start, span.start)
+            sum_.lacking[row][piece] -= num_values
             if not sum_.lacking[row][piece]:
                 del sum_.lacking[row][piece]
                 self._send_whole(round_, sum_, [piece])
@@ -217,10 +212,9 @@ class HostSums:
     def _send(self, round_: int, sum_: _Sum, piece: Span) -> None:
         """Add up a piece, and send it to its owner."""
         sum_.unsent.remove(piece)
-        for merge in sum_.merges:
-            merge.add(slice(piece.start, piece.stop))
+        sum_.planned.add(slice(piece.start, piece.stop))
         slice_ = self._pieces[piece]
-        for number, _, part in sum_.nodes:
+        for number, (_, part) in zip(sum_.numbers, sum_.planned.nodes, strict=True):
             if slice_ == self._own:
                 self._keep(piece_frame(round_, self.number, number, piece), None)
             else:
@@ -229,17 +223,13 @@ class HostSums:
 
     def _finish(self, round_: int, work: _Work, rows: frozenset[Row]) -> None:
         """Have the owners know a sum of these pushes, all of which are there."""
-        if work.sum is not None and work.sum.parts.keys() != rows:
+        if work.sum is not None and work.sum.planned.parts.keys() != rows:
             self._void(work)
         sum_ = work.sum or self._begin(round_, work, rows)
         sum_.lacking.clear()
         self._send_whole(round_, sum_, self._pieces)
-        for row, part in sum_.parts.items():
-            said = partial_of(work.said[row])
-            part.samples, part.loss, part.weight, part.squares = said.samples, said.loss, said.weight, said.squares
-        for merge in sum_.merges:
-            merge.add_numbers()
-        for number, block, part in sum_.nodes:
+        sum_.planned.add_numbers({row: partial_of(work.said[row]) for row in rows})
+        for number, (block, part) in zip(sum_.numbers, sum_.planned.nodes, strict=True):
             digest = rows_digest(row for row in rows if block.first <= row[2] < block.stop)
             self._tell(sum_frame(round_, self.number, number, block, digest, part))
         work.sum = None
@@ -248,7 +238,7 @@ class HostSums:
 
     def _void(self, work: _Work) -> None:
         """The sum under way will not be finished."""
-        numbers = {number for number, _, _ in work.sum.nodes} if work.sum is not None else set()
+        numbers = work.sum.numbers if work.sum is not None else []
         work.sum = None
         for link in self._links.values() if numbers else ():
             link.withdraw(lambda frame: frame.kind is Kind.PIECE and frame.version in numbers)

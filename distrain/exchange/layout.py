@@ -4,6 +4,7 @@ BatchNorm's statistics), then its integer buffers. Pure."""
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,6 +154,13 @@ class Layout:
 def views(vector: Tensor, entries: Iterable[Entry]) -> list[Tensor]:
     """Each entry's part of a flat float32 vector, in the tensor's own shape."""
     return [vector[e.start : e.start + e.numel].view(e.shape) for e in entries]
+
+
+def overlaps(spans: Sequence[Span], span: Span) -> Iterator[tuple[int, int]]:
+    """Which of these spans, adjacent and from the left, share values with another one: (place, how many)."""
+    first = bisect_right(spans, span.start, key=lambda each: each.start) - 1
+    for place in range(first, bisect_left(spans, span.stop, key=lambda each: each.start)):
+        yield place, min(spans[place].stop, span.stop) - max(spans[place].start, span.start)
 
 
 def spread(items: Sequence[T]) -> list[T]:

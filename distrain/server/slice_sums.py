@@ -8,17 +8,16 @@ left as it is, and added up anew.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from distrain.exchange.layout import Span
+from distrain.exchange.layout import Span, overlaps
 from distrain.exchange.link import Frame, Kind
 from distrain.exchange.sums import Coming, Incoming, Key, partial_of
-from distrain.reduction import Merge, Partial, TreeSum
+from distrain.reduction import Partial, Planned, TreeSum
 from distrain.server.parameter_server import Gathered, ParameterServer
 
 _FLOAT_BYTES = 4
@@ -33,8 +32,7 @@ class _Ahead:
     have not come; then it is `ready`, until it is `written`. `unfinished` parts are not yet said to be whole."""
 
     step: int
-    parts: dict[Key, Partial]
-    merges: list[Merge]
+    planned: Planned[Key]
     halves: tuple[Partial, ...]
     memory: list[memoryview]
     lacking: list[int]
@@ -50,7 +48,7 @@ class SliceSums:
     def __init__(self, server: ParameterServer, is_ahead: bool, done: Done | None = None) -> None:
         self._server, self._wire, self._span, self._is_ahead = server, server.wire, server.span, is_ahead
         self._done = done
-        self._starts = [chunk.start for chunk in server.chunks]
+        self._chunks = [Span(chunk.start, chunk.stop) for chunk in server.chunks]
         self._incoming = Incoming(self._wire, self._span)
         self._whole: dict[int, dict[Key, tuple[Coming, Partial]]] = {}  # by round
         self._ahead: dict[int, _Ahead] = {}  # by round
@@ -71,7 +69,7 @@ class SliceSums:
                     self._look_ahead(what)
             case Kind.PIECE:
                 span, ahead = self._incoming.take(what), self._ahead.get(what.round)
-                if ahead is not None and key in ahead.parts:
+                if ahead is not None and key in ahead.planned.parts:
                     self._came(ahead, span)
                     self._go_on(what.round)
             case Kind.SUM:
@@ -106,16 +104,12 @@ class SliceSums:
         self._holder = None
         self._gathered = round_, ahead.memory if ahead is not None else []
         found = {key: self._whole[round_][key] for key in keys}
-        if ahead is None or ahead.step != step or ahead.parts.keys() != found.keys():
+        if ahead is None or ahead.step != step or ahead.planned.parts.keys() != found.keys():
             tree = TreeSum(count, self._wire.rounding(step, self._span.start))
             for coming, part in found.values():
                 tree.put(coming.block, part)
             return Gathered(tree.halves(), tree.late)
-        for key, (_, said) in found.items():
-            part = ahead.parts[key]
-            part.samples, part.loss, part.weight, part.squares = said.samples, said.loss, said.weight, said.squares
-        for merge in ahead.merges:
-            merge.add_numbers()
+        ahead.planned.add_numbers({key: said for key, (_, said) in found.items()})
         self._write(ahead)
         assert len(ahead.written) == len(ahead.lacking)
         return Gathered(ahead.halves, is_written=True)
@@ -150,14 +144,9 @@ class SliceSums:
             return torch.frombuffer(memory[-1], dtype=torch.float32)
 
         tree = TreeSum(what.samples, self._wire.rounding(what.step, self._span.start), fresh)
-        parts: dict[Key, Partial] = {}
-        merges: list[Merge] = []
-        for key, coming in ordered:
-            parts[key] = Partial(coming.vector, 0, 0.0, 0.0)
-            merges += tree.plan(coming.block, parts[key])
-        lacking = [len(parts) * (chunk.stop - chunk.start) for chunk in self._server.chunks]
-        unfinished = parts.keys() - whole.keys()
-        ahead = _Ahead(what.step, parts, merges, tree.halves(), memory, lacking, unfinished)
+        planned = tree.plan_all((key, coming.block, coming.vector) for key, coming in ordered)
+        lacking = [len(found) * len(chunk) for chunk in self._chunks]
+        ahead = _Ahead(what.step, planned, tree.halves(), memory, lacking, found.keys() - whole.keys())
         self._ahead[what.round] = ahead
         for coming in found.values():
             for span in coming.pieces:
@@ -165,9 +154,8 @@ class SliceSums:
 
     def _came(self, ahead: _Ahead, span: Span) -> None:
         """A piece of a part is there."""
-        chunks = self._server.chunks
-        for number in range(bisect_right(self._starts, span.start) - 1, bisect_left(self._starts, span.stop)):
-            ahead.lacking[number] -= min(chunks[number].stop, span.stop) - max(chunks[number].start, span.start)
+        for number, num_values in overlaps(self._chunks, span):
+            ahead.lacking[number] -= num_values
             if not ahead.lacking[number]:
                 ahead.ready.add(number)
 
@@ -178,21 +166,20 @@ class SliceSums:
         self._holder, ahead = round_, self._ahead[round_]
         self._write(ahead)
         if self._done is not None and not ahead.unfinished and len(ahead.written) == len(ahead.lacking):
-            self._done(round_, ahead.step, list(ahead.parts), self._server.squares())
+            self._done(round_, ahead.step, list(ahead.planned.parts), self._server.squares())
 
     def _write(self, ahead: _Ahead) -> None:
         """Write what is ready."""
         for number in sorted(ahead.ready):
             chunk = self._server.chunks[number]
-            for merge in ahead.merges:
-                merge.add(slice(chunk.start, chunk.stop))
+            ahead.planned.add(slice(chunk.start, chunk.stop))
             self._server.add_up(chunk, ahead.halves)
         ahead.written |= ahead.ready
         ahead.ready.clear()
 
     def _leave(self, key: Key) -> None:
         """A sum will not be finished."""
-        for round_ in [round_ for round_, ahead in self._ahead.items() if key in ahead.parts]:
+        for round_ in [round_ for round_, ahead in self._ahead.items() if key in ahead.planned.parts]:
             self._end(round_)
 
     def _end(self, round_: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distrain.exchange.layout import ALIGNMENT_BYTES, Layout, Span, spread, views
+from distrain.exchange.layout import ALIGNMENT_BYTES, Layout, Span, overlaps, spread, views
 from distrain.exchange.slices import cut
 
 
@@ -131,3 +131,13 @@ def test_views_have_the_tensors_shapes():
     layout = Layout.of(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
     vector = torch.zeros(layout.num_floats)
     assert [tuple(v.shape) for v in views(vector, layout.parameters)] == [(5, 3), (5,), (5,), (5,), (1, 5), (1,)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_overlaps_are_those_values_that_both_have(sizes: list[int], data: st.DataObject):
+    ends = list(accumulate(sizes, initial=5))
+    spans = [Span(start, stop) for start, stop in pairwise(ends)]
+    start = data.draw(st.integers(ends[0], ends[-1] - 1))
+    span = Span(start, data.draw(st.integers(start + 1, ends[-1])))
+    shared = [len({*range(s.start, s.stop)} & {*range(span.start, span.stop)}) for s in spans]
+    assert list(overlaps(spans, span)) == [(place, count) for place, count in enumerate(shared) if count]
