@@ -20,18 +20,19 @@ from tests.support.jobs import write_plain_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
-STEPS = 600  # enough for two nodes to join one after the other and to be lost
+STEPS = 600  # enough, at this pace, for two nodes to join one after the other and to be lost
 
 
-def write_slow_job(folder: Path) -> Path:
-    slow = {"factory": "tests.support.slow:build", "args": {"seconds": 0.01}}
+def write_slow_job(folder: Path, seconds: float) -> Path:
+    args = {"seconds": seconds, "until": str(folder / "over")}
+    slow = {"factory": "tests.support.slow:build", "args": args}
     return write_plain_job(folder, model=slow, epochs=STEPS // 10, tracking={"enabled": False})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The hash of the parameters of the same run where nothing happens."""
-    job = write_slow_job(tmp_path_factory.mktemp("undisturbed"))
+    job = write_slow_job(tmp_path_factory.mktemp("undisturbed"), 0.0)
     result = Trainer(load_config(job, ["workers.count=4", "cluster.address=local"])).fit()
     assert result.steps == STEPS
     return result.parameters_sha256
@@ -43,7 +44,7 @@ def play(undisturbed: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(scenario: str, *overrides: str) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.support.nodes", scenario, str(write_slow_job(tmp_path)), *overrides],
+            [sys.executable, "-m", "tests.support.nodes", scenario, str(write_slow_job(tmp_path, 0.02)), *overrides],
             capture_output=True,
             text=True,
             timeout=240,

@@ -45,10 +45,20 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Watcher(SilentProgress):
-    """Sees what the server reports; calls `act` once, after step `step`."""
+    """Sees what the server reports; calls `act` once, after step `step`.
 
-    def __init__(self, act: Callable[[], None] = lambda: None, step: int = 30) -> None:
+    Makes the file `until`, for models that wait for it, when the worker that joined as number `joined` takes part.
+    """
+
+    def __init__(
+        self,
+        act: Callable[[], None] = lambda: None,
+        step: int = 30,
+        until: Path | None = None,
+        joined: int = 0,
+    ) -> None:
         self.act, self.step, self.acted_at = act, step, 0.0
+        self.until, self.incarnation = until, joined - 1
         self.events: list[Event] = []
         self.seen: list[tuple[float, int]] = []  # (when, step)
         self.notes: list[str] = []
@@ -57,6 +67,9 @@ class Watcher(SilentProgress):
         self.events += report.events
         if report.steps:
             self.seen.append((time.time(), report.steps[-1].step))
+        took_part = {incarnation for record in report.steps for incarnation, *_ in record.taken}
+        if self.until is not None and self.incarnation in took_part:
+            self.until.touch()
         if not self.acted_at and self.seen and self.seen[-1][1] >= self.step:
             self.acted_at = time.time()
             self.act()
@@ -91,14 +104,14 @@ def kill(actor: str, count: int = 1) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_worker_killed_at_any_moment_of_a_step(cluster: None, job: Path, tmp_path: Path, moment: str):
-    def model(flag: str) -> tuple[str, ...]:
-        args = f"args: {{moment: {moment}, flag: '{tmp_path / flag}'}}"
+    def model(flag: str, until: str) -> tuple[str, ...]:
+        args = f"args: {{moment: {moment}, flag: '{tmp_path / flag}', until: '{tmp_path / until}'}}"
         return (f"model={{factory: 'tests.support.faults:build', {args}}}", "data.standardize=false")
 
     (tmp_path / "taken").touch()
-    expected, _ = fit(job, Watcher(), *model("taken"))
-    watcher = Watcher()
-    result, found = fit(job, watcher, *model("free"))
+    expected, _ = fit(job, Watcher(), *model("taken", "taken"))
+    watcher = Watcher(until=tmp_path / "replaced", joined=3)
+    result, found = fit(job, watcher, *model("free", "replaced"))
     assert result.worker_failures == 1 and found.incarnations >= 2
     assert result.parameters_sha256 == expected.parameters_sha256
     [lost] = watcher.of_kind("lost")
@@ -118,7 +131,9 @@ def test_all_workers_killed_at_once(undisturbed: str, job: Path):
     assert recovered.seconds is not None and recovered.seconds < 15
 
 
-def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(undisturbed: str, job: Path):
+def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(
+    cluster: None, job: Path, tmp_path: Path
+):
     """It is not killed for a worker while it waits, nor left behind when the run ends."""
     spares: list[psutil.Process] = []
 
@@ -131,12 +146,13 @@ def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(u
         wait_for(lambda: spares[0].pid in [process.pid for process in workers_of(os.getpid())], 10, "the takeover")
 
     thread = threading.Thread(target=lose_two)  # what the watcher does holds the driver up
-    watcher = Watcher(thread.start)
-    slow = "model={factory: 'tests.support.slow:build', args: {seconds: 0.01}}"
+    watcher = Watcher(thread.start, until=tmp_path / "replaced", joined=4)
+    slow = f"model={{factory: 'tests.support.slow:build', args: {{seconds: 0.02, until: '{tmp_path / 'replaced'}'}}}}"
     result, found = fit(job, watcher, slow, "data.standardize=false")
     thread.join(1)
     assert not thread.is_alive() and len(spares) == 1
-    assert result.worker_failures == 2 and found.incarnations == 4
+    assert result.worker_failures == 2 and len(watcher.of_kind("joined")) == 4
+    assert (tmp_path / "replaced").exists() and found.incarnations >= 3  # the first replacement may have done no part
     wait_for(lambda: not workers_of(os.getpid(), "SpareActor"), 10, "the spare's end")
 
 

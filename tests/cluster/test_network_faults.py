@@ -64,6 +64,10 @@ class Run:
         """Steps done so far."""
         return self._history.read_text().count('"kind": "step"') if self._history.exists() else 0
 
+    def incarnations(self) -> int:
+        """How many workers had a part in its steps so far."""
+        return check(self._history)[0].incarnations
+
     def until(self, step: int, timeout_s: float = 60.0) -> None:
         def reached() -> bool:
             assert self.process.poll() is None or self.step >= step, self.said()
@@ -98,8 +102,8 @@ class Run:
         return [point.value for point in client.get_metric_history(run_id, "time/recovery_sec")]
 
 
-def slow_model(seconds: float) -> dict[str, Any]:
-    return {"factory": "tests.support.slow:build", "args": {"seconds": seconds}}
+def slow_model(seconds: float, until: Path | None = None) -> dict[str, Any]:
+    return {"factory": "tests.support.slow:build", "args": {"seconds": seconds, "until": str(until or "")}}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,8 @@ FAULTS: dict[str, Callable[[Host], None]] = {
 def test_a_host_that_is_lost_costs_no_step(
     network: Network, cluster: RayHosts, folder: Path, undisturbed: str, fault: str
 ):
-    run = Run(cluster, folder, fault.replace(" ", "-"), "workers.count=2", model=slow_model(0.02), epochs=STEPS // 10)
+    name, over = fault.replace(" ", "-"), folder / f"{fault} and over"
+    run = Run(cluster, folder, name, "workers.count=2", model=slow_model(0.03, over), epochs=STEPS // 10)
     run.until(30, 120)
     [server] = cluster.hosts_of("ServerActor")
     victim = next(host for host in cluster.hosts_of("WorkerActor") if host is not server)
@@ -172,6 +177,8 @@ def test_a_host_that_is_lost_costs_no_step(
     run.until_said("is replaced: its node died")
     if victim.up:
         victim.mend()  # what it had still to say comes now
+    wait_for(lambda: run.incarnations() == 3, 30, "the replacement's part")
+    over.touch()
     done = run.finish()
     events = run.events(done.result["run_id"])
     with suppress(psutil.Error, IndexError):

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from distrain.data import reader
 from distrain.exchange.link import Kind, SocketLink
+from tests.support.slow import Sleep
 
 _HUNGRY_BYTES = 3 << 30
 MOMENTS = ("reading", "forward", "backward", "pushing", "pushed")
 _STEP = 6
 
 
-def build(moment: str | None = None, flag: str = "") -> nn.Module:
+def build(moment: str | None = None, flag: str = "", until: str = "") -> nn.Module:
     """An MLP of 4 features and 3 classes. Whoever makes the file `flag` first dies at `moment` of about step 6; without
-    a flag everybody does, each time."""
-    return nn.Sequential(
-        nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), _Probe(moment, flag), nn.Linear(16, 3)
-    )
+    a flag everybody does, each time. Steps are slow until there is a file `until`, if it is given."""
+    layers = [nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), _Probe(moment, flag)]
+    return nn.Sequential(*layers, *([Sleep(0.02, until=until)] if until else []), nn.Linear(16, 3))
 
 
 class _Probe(nn.Module):

@@ -1,7 +1,8 @@
 """A cluster of several Ray nodes on this machine, and a run on it that something happens to.
 
 Run as a program, in a process of its own, since a process has one Ray at a time:
-`python -m tests.support.nodes SCENARIO JOB [key=value ...]` ends with one line of JSON.
+`python -m tests.support.nodes SCENARIO JOB [key=value ...]` ends with one line of JSON. The job's model is that of
+slow.py, with the file `until` which it waits for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -53,8 +55,8 @@ class Watch(SilentProgress):
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def joined(self) -> int:
-        return sum(event.kind == "joined" for event in self.events)
+    def count(self, kind: str) -> int:
+        return sum(event.kind == kind for event in self.events)
 
 
 def drain(node_id: str, seconds: float) -> float:
@@ -69,9 +71,9 @@ def grow_and_shrink(cluster: Cluster, watch: Watch) -> None:
     """Two nodes come, and are killed again; one comes back."""
     watch.until(lambda: watch.step >= 10)
     nodes = [cluster.add_node(num_cpus=1)]
-    watch.until(lambda: watch.joined() == 2)
+    watch.until(lambda: watch.count("joined") == 2)
     nodes.append(cluster.add_node(num_cpus=1))
-    watch.until(lambda: watch.joined() == 3)
+    watch.until(lambda: watch.count("joined") == 3)
     reached = watch.step
     watch.until(lambda: watch.step >= reached + 20)
     for node in nodes:
@@ -89,6 +91,7 @@ def preempt_worker(cluster: Cluster, watch: Watch) -> None:
     watch.end = drain(other, 20.0)
     time.sleep(2.0)
     cluster.add_node(num_cpus=1)
+    watch.until(lambda: watch.count("left") == 1)
 
 
 def preempt_server(cluster: Cluster, watch: Watch) -> None:
@@ -97,6 +100,8 @@ def preempt_server(cluster: Cluster, watch: Watch) -> None:
     cluster.add_node(num_cpus=2)
     server, _ = _nodes()
     watch.end = drain(server, 20.0)
+    watch.until(lambda: any("the parameter server's node is about to go" in note for note in watch.notes))
+    watch.until(lambda: watch.count("joined") == 4)
 
 
 def kill_node(cluster: Cluster, watch: Watch) -> None:
@@ -106,6 +111,7 @@ def kill_node(cluster: Cluster, watch: Watch) -> None:
     _, other = _nodes()
     victim = next(node for node in cluster.worker_nodes if node.node_id == other)
     cluster.remove_node(victim, allow_graceful=False)
+    watch.until(lambda: watch.count("joined") == 3)
 
 
 def kill_relay(cluster: Cluster, watch: Watch) -> None:
@@ -116,7 +122,9 @@ def kill_relay(cluster: Cluster, watch: Watch) -> None:
     [relay] = [
         actor for actor in list_actors(detail=True) if (actor.state, actor.class_name) == ("ALIVE", "RelayActor")
     ]
+    joined = watch.count("joined")
     os.kill(relay.pid, signal.SIGKILL)
+    watch.until(lambda: watch.count("joined") > joined)
 
 
 def _nodes() -> tuple[str, str]:
@@ -144,10 +152,12 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     watch = Watch()
     workers = "workers={min: 1, count: 1, max: 3}" if scenario == "grow_and_shrink" else "workers={count: 2}"
-    trainer = Trainer(load_config(job, [*overrides, workers]), watch)
+    config = load_config(job, [*overrides, workers])
+    trainer = Trainer(config, watch)
     with ThreadPoolExecutor(1) as thread:  # not the scenario: nodes can be added from the main thread only
         fit = thread.submit(trainer.fit)
         SCENARIOS[scenario](cluster, watch)
+        Path(config.model.args["until"]).touch()
         result = fit.result()
     said = {
         "parameters_sha256": result.parameters_sha256,
