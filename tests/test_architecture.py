@@ -146,6 +146,12 @@ def test_worker_and_server_need_neither_ray_nor_mlflow(module: str):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_a_run_starts_without_waiting_for_what_only_its_end_and_studies_need():
+    code = "import sys, distrain.cli, distrain.progress, distrain.trainer; "
+    code += "assert not {'mlflow', 'matplotlib', 'scipy', 'networkx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_the_command_line_starts_without_waiting_for_torch():
     code = "import sys, distrain.cli, distrain.config; assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +12,10 @@ from rich.text import Text
 
 from distrain.progress.standing import metrics_line, number, plural
 from distrain.study.advice import seconds
-from distrain.study.forecast import Forecast
-from distrain.study.point import Point
+
+if TYPE_CHECKING:
+    from distrain.study.forecast import Forecast
+    from distrain.study.point import Point
 
 
 class SweepProgress:

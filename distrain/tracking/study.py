@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distrain.config import TrackingConfig
 from distrain.errors import TrackingError
 from distrain.manifest import redacted
 from distrain.tracking.description import RunDescription
 from distrain.tracking.environment import quiet_environment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ParentRun(Protocol):
