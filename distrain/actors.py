@@ -153,6 +153,7 @@ class ServerActor:
         self._loop: Loop | None = None
         self._stop_reason: str | None = None
         self._prepared: _Once[Ready] | None = None
+        self._restored: Restored | None = None  # until it was taken over
         self._outcome = _Once(self._train)
         self._polled = _Once(self._reports.drain)
         self._snapshots = _Once(self._reports.take_snapshot)
@@ -161,10 +162,12 @@ class ServerActor:
     def prepare(self, run: RunSpec, update: UpdateSpec, restored: Restored | None) -> Ready:
         """Build the model and listen for workers."""
         with self._lock:
-            self._prepared = self._prepared or _Once(lambda: self._prepare(run, update, restored))
+            if self._prepared is None:
+                self._restored, self._prepared = restored, _Once(lambda: self._prepare(run, update))
         return self._prepared.get()
 
-    def _prepare(self, run: RunSpec, update: UpdateSpec, restored: Restored | None) -> Ready:
+    def _prepare(self, run: RunSpec, update: UpdateSpec) -> Ready:
+        restored, self._restored = self._restored, None
         run.prepare_process(1)
         task = run.task
         statistics = None

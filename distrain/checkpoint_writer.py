@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distrain.checkpoint import CheckpointStore, Snapshot
-from distrain.errors import CheckpointError
+from distrain.errors import CheckpointError, DistrainError, ServerLost
 from distrain.storage import Place
 
 Written = Callable[[int, Place], None]
-Failed = Callable[[int, CheckpointError], None]
+Failed = Callable[[int | None, CheckpointError], None]
 
 
 class CheckpointWriter:
     """Fetches snapshots with `take` (None: none waiting) whenever it is woken, and writes them in order.
 
-    A write that fails does not end the run: `failed` is told. `fields` gives the manifest's fields for a snapshot.
+    What fails does not end the run: `failed` is told, with the step where that is known, and the next one is tried. It
+    ends when the server is lost. `fields` gives the manifest's fields for a snapshot.
     """
 
     def __init__(
@@ -35,7 +36,6 @@ class CheckpointWriter:
         self._failed = failed
         self._woken = threading.Event()
         self._closing = False
-        self._broken: Exception | None = None
         self.last_error: CheckpointError | None = None
         self._thread = threading.Thread(target=self._run, name="distrain-checkpoints", daemon=True)
         self._thread.start()
@@ -58,9 +58,11 @@ class CheckpointWriter:
             try:
                 while (snapshot := self._take()) is not None:
                     self._write(snapshot)
-            except Exception as error:  # the server died: whoever supervises it will say so
-                self._broken = error
+            except ServerLost:  # whoever supervises it will say so
                 return
+            except Exception as error:
+                said = error.message if isinstance(error, DistrainError) else f"{type(error).__name__}: {error}"
+                self._has_failed(None, CheckpointError(f"a snapshot could not be fetched or written: {said}"))
             if closing:
                 return
 
@@ -68,8 +70,11 @@ class CheckpointWriter:
         try:
             path = self._store.write(snapshot, self._fields(snapshot))
         except CheckpointError as error:
-            self.last_error = error
-            self._failed(snapshot.step, error)
+            self._has_failed(snapshot.step, error)
         else:
             self.last_error = None
             self._written(snapshot.step, path)
+
+    def _has_failed(self, step: int | None, error: CheckpointError) -> None:
+        self.last_error = error
+        self._failed(step, error)

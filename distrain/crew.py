@@ -254,11 +254,16 @@ class Crew:
         return self._relays[-1]
 
     def _forget_ended_relays(self) -> None:
-        """The server sees a relay's end as well: workers of its node, which end too, get a new one."""
+        """Workers of a relay's node, which end with it, get a new one. The server hears of an owner's end here, if not
+        by its link: it may never have come to join."""
         for relay in [relay for relay in self._relays if ray.wait([relay.running], timeout=0)[0]]:
             self._relays.remove(relay)
-            with suppress(RayError, DistrainError):
+            try:
                 ray.get(relay.running)
+            except (RayError, DistrainError) as error:
+                if relay.slice is not None:
+                    lost = f"the server of slice {relay.slice} is lost: {worker_failure(error)}"
+                    self._server.abort.remote(ServerLost(lost))
 
     def _relay_for(self, node: str) -> _Relay | None:
         """The relay by which workers of this node join; none on the server's, in asynchronous training, where pushes

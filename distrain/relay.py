@@ -127,7 +127,8 @@ class Relay:
         self._hub.adopt(link)
 
     def run(self) -> None:
-        """Serve until the server says stop. Raises LinkError when it goes away."""
+        """Serve until the server says stop, and pass that on. Raises LinkError when it goes away: workers then see this
+        end go, as that of a host that is lost."""
         try:
             while True:
                 self._adopt_opened()
@@ -135,10 +136,9 @@ class Relay:
                 while self._waiting:
                     self._handle(*self._waiting.popleft())
         except _Over:
-            pass
-        finally:
             for worker in self._workers.values():
                 self._hub.send(worker.link, Frame(Kind.STOP))
+        finally:
             self._hub.close()
 
     def _handle(self, link: SocketLink, what: Frame | LinkError) -> None:

@@ -98,7 +98,7 @@ class Frame:
         """The payload as JSON. Raises LinkError where it is none."""
         try:
             value = json.loads(bytes(self.payload))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LinkError(f"a {self.kind.name} frame came without readable JSON: {error}") from error
         if not isinstance(value, dict):
             raise LinkError(f"a {self.kind.name} frame holds {type(value).__name__} where an object was expected")
@@ -577,7 +577,8 @@ class Hub:
     def _check_proof(self, link: SocketLink, frame: Frame) -> None:
         challenge, _ = self._challenges.pop(link)
         proof = str(frame.json().get("proof", "")) if frame.kind is Kind.HELLO else ""
-        if not hmac.compare_digest(proof.encode(), _proof(self._token, challenge).encode()):
+        given = proof.encode(errors="surrogatepass")  # JSON has code points that UTF-8 has not
+        if not hmac.compare_digest(given, _proof(self._token, challenge).encode()):
             raise LinkError("a peer could not prove that it holds this run's token")
         link.proven = True
 

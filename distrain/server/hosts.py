@@ -132,11 +132,13 @@ class Hosts:
             self._owners[host.slice], self._links[host.slice] = host, link
             host.published = self._step
             self._hub.send(link, Frame(Kind.STATE, step=self._step, payload=self._state_for(host.slice)))
+        span, num_trained = self._server.span, len(self._server.published)
         for version, read in self._updates().items():
-            whole = host.slice is not None  # an owner comes before the first step
-            span = self._server.span
+            # An owner comes before the first step, and averaged weights may have been brought here from all owners.
+            whole = host.slice is not None or (version >= num_trained and self._averaged_at == self._step)
             self._send(version, read, Span(0 if whole else span.start, span.stop), [link])
         if len(self._owners) == self._own:
+            self._restored = None  # all have begun with it
             for each in [host] if host.slice is None else list(self._by_link.values()):
                 self._send_roster(each)
         return host

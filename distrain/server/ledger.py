@@ -54,6 +54,7 @@ class _Round:
     open: set[int]
     needed: int  # so many of its places make it whole
     count: int
+    in_slots: bool  # what is taken of it lies with its members until it is over
     taken: list[tuple[int, int, int]] = field(default_factory=list)
     orphans: set[int] = field(default_factory=set)  # open places that nobody owes
 
@@ -64,9 +65,8 @@ class Ledger:
     Members come and go at any time: what a leaver still owed is dealt again at once; a joiner takes part from the next
     round on, or at once where nobody else is left to do the work. A member that still computes a share of its own that
     is no longer wanted (another was faster, or the round is over) is *behind*, and is dealt nothing before it has
-    answered. With
-    `one_at_a_time`, nobody is dealt a part of another round before having answered all there was, and before the rounds
-    that took its answers are over: until then they lie where it would write the next one.
+    answered. With `one_at_a_time`, nobody is dealt a part of another round before having answered all there was, nor
+    one that takes gradients before the rounds that took its own are over: they lie where it would write the next one.
     """
 
     def __init__(self, one_at_a_time: bool = False) -> None:
@@ -113,12 +113,12 @@ class Ledger:
         member = self._members[incarnation]
         return any(a not in member.copies and not self._wanted(a, places) for a, places in member.unanswered.items())
 
-    def is_able(self, incarnation: int) -> bool:
-        """Whether this member can be dealt something."""
+    def is_able(self, incarnation: int, round_: int | None = None) -> bool:
+        """Whether this member can be dealt a part of a round in flight, or of a new one that takes gradients."""
         if self._members[incarnation].is_retiring:
             return False
         if self._one_at_a_time:
-            return self.is_idle(incarnation) and not self._is_unapplied(incarnation)
+            return self.is_idle(incarnation) and not self._would_overwrite(incarnation, round_)
         return not self.is_behind(incarnation)
 
     def owed_by(self, incarnation: int) -> tuple[Assignment, ...]:
@@ -150,27 +150,31 @@ class Ledger:
             self._orphan(assignment.round, places)
         dealt: list[Assignment] = []
         for round_ in self._rounds:
-            if able := self._able():
+            if able := self._able(round_):
                 dealt += self._deal_orphans(round_, able)
         return dealt
 
-    def begin(self, round_: int, count: int, to: int | None = None, needed: int | None = None) -> list[Assignment]:
+    def begin(
+        self, round_: int, count: int, to: int | None = None, needed: int | None = None, in_slots: bool = True
+    ) -> list[Assignment]:
         """Start a round of `count` microbatches, for all members, or for the one named. Returns who does what.
+        `in_slots`: answers are gradients, in memory of the members' (else they come with the frames).
 
         Where fewer of them are `needed`, who is behind keeps its share, and nobody else computes that unless it is
         needed.
         """
         assert count > 0 and (not self._rounds or round_ > max(self._rounds)), f"round {round_} of {count}"
-        flight = self._rounds[round_] = _Round(set(range(count)), needed or count, count, orphans=set(range(count)))
+        places = set(range(count))
+        flight = self._rounds[round_] = _Round(places, needed or count, count, in_slots, orphans=set(places))
         dealt: list[Assignment] = []
         if flight.needed < count and to is None and self._members:
             shares = even_shares(count, len(self._members))
             stops = itertools.accumulate(shares)
             for incarnation, share, stop in zip(self.members, shares, stops, strict=True):
-                if share and self.is_able(incarnation):
+                if share and self.is_able(incarnation, round_):
                     dealt.append(self._owe(incarnation, round_, stop - share, stop))
                     flight.orphans -= set(range(stop - share, stop))
-        able = self._able() if to is None else [to]
+        able = self._able(round_) if to is None else [to]
         return dealt + (self._deal_orphans(round_, able) if able else [])
 
     def close(self, round_: int) -> None:
@@ -181,7 +185,7 @@ class Ledger:
         """What a member that can work may take of what nobody does."""
         dealt: list[Assignment] = []
         for round_ in self._rounds:
-            if self.is_able(incarnation):
+            if self.is_able(incarnation, round_):
                 dealt += self._deal_orphans(round_, [incarnation])
         return dealt
 
@@ -235,13 +239,16 @@ class Ledger:
         flight = self._rounds.get(assignment.round)
         return flight is not None and not flight.open.isdisjoint(places)
 
-    def _is_unapplied(self, incarnation: int) -> bool:
-        """Whether a round that is not over took something from this member."""
-        return any(taker == incarnation for flight in self._rounds.values() for taker, _, _ in flight.taken)
+    def _would_overwrite(self, incarnation: int, round_: int | None) -> bool:
+        """Whether an answer to this round would be written where something of another one, which is not over, lies."""
+        if round_ is not None and not self._rounds[round_].in_slots:
+            return False
+        others = [flight for number, flight in self._rounds.items() if flight.in_slots and number != round_]
+        return any(taker == incarnation for flight in others for taker, _, _ in flight.taken)
 
-    def _able(self) -> list[int]:
-        """Who can be dealt something, in rank order."""
-        return [incarnation for incarnation in self.members if self.is_able(incarnation)]
+    def _able(self, round_: int) -> list[int]:
+        """Who can be dealt a part of this round, in rank order."""
+        return [incarnation for incarnation in self.members if self.is_able(incarnation, round_)]
 
     def _orphan(self, round_: int, places: set[int]) -> None:
         """Whatever of these is still open and owed by nobody is an orphan."""

@@ -152,7 +152,8 @@ class Rounds:
         tree = TreeSum(count, finish)
         round_ = Round(number, kind, tuple(microbatches), needed, version, read, slots, tree, scale)
         self._open[number] = round_
-        self._deal(self._ledger.begin(number, count, to.incarnation if to is not None else None, needed))
+        only = to.incarnation if to is not None else None
+        self._deal(self._ledger.begin(number, count, only, needed, in_slots=is_gradient))
         return round_
 
     def close(self, round_: Round) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[Microbatch, ...]]:
@@ -391,11 +392,12 @@ class Rounds:
                 )
         except LinkError as error:
             self._lose(member, error.message)
-            return
-        slots.buffer.close()
-        if own is not None:
-            own.buffer.close()
-        self._joined(member, assignments)
+        else:
+            self._joined(member, assignments)
+        finally:
+            slots.buffer.close()
+            if own is not None:
+                own.buffer.close()
 
     def _joined(self, member: Member, assignments: Sequence[Assignment]) -> None:
         self._tell("joined", f"worker {member.rank} joined (incarnation {member.incarnation})", member)

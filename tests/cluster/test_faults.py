@@ -204,6 +204,21 @@ def test_the_server_killed_goes_on_from_the_last_checkpoint(undisturbed: str, jo
     assert recovered.seconds is not None and recovered.seconds < 15
 
 
+def test_an_owner_that_dies_before_it_joins_is_replaced(cluster: None, job: Path, tmp_path: Path):
+    """The server has no link to it that could end, and would wait for it for ever."""
+    (tmp_path / "taken").touch()
+
+    def model(flag: str) -> tuple[str, ...]:
+        args = f"args: {{moment: relay, flag: '{tmp_path / flag}'}}"
+        return (f"model={{factory: 'tests.support.faults:build', {args}}}", "data.standardize=false", "server.slices=2")
+
+    expected, _ = fit(job, Watcher(), *model("taken"))
+    watcher = Watcher()
+    result, _ = fit(job, watcher, *model("free"))
+    assert (tmp_path / "free").exists() and result.parameters_sha256 == expected.parameters_sha256
+    assert any("the server of slice 0 is lost: its process" in note for note in watcher.notes), watcher.notes
+
+
 def test_the_server_killed_before_the_first_checkpoint_starts_over(cluster: None, tmp_path: Path):
     long_epoch = write_job(tmp_path, rows=20_000, tracking={"enabled": False}, epochs=1)
     config = load_config(long_epoch, ["checkpoint.history=true", "checkpoint.every_steps=null"])

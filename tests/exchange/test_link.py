@@ -180,6 +180,17 @@ def test_who_does_not_is_dropped_unheard(hub: Hub):
     links[0].close()
 
 
+@pytest.mark.parametrize("payload", [b'{"proof": "\\ud800"}', b"[" * 4000, b"\xff", b"3"])
+def test_whatever_a_stranger_says_ends_nothing_but_its_link(hub: Hub, payload: bytes):
+    link = SocketLink(socket.create_connection(hub.address.tcp))
+    link.send(Frame(Kind.HELLO, payload=payload))
+    assert serve(hub, 1, 0.5) == []
+    assert link.receive(5).kind is Kind.CHALLENGE
+    with pytest.raises(LinkError):
+        link.receive(5)
+    link.close()
+
+
 def test_a_stranger_may_not_send_much(hub: Hub):
     stranger = socket.create_connection(hub.address.tcp)
     link = SocketLink(stranger)

@@ -24,7 +24,7 @@ from distrain.config import (
     ScheduleConfig,
 )
 from distrain.devices import Arithmetic
-from distrain.errors import DivergenceError, ServerLost
+from distrain.errors import DivergenceError, LinkError, ServerLost
 from distrain.exchange.link import Frame, Kind, rows_digest
 from distrain.exchange.sums import Incoming, open_frame, sum_frame
 from distrain.exchange.wire import WireDtype
@@ -416,6 +416,34 @@ def test_a_host_that_dies_costs_no_step_and_no_bit(on_one_host, when: str, slice
     assert MortalRelay.died == 1
     report = run.reports.drain()
     assert sorted(e.rank for e in report.events if e.kind == "lost") == [2, 3] and len(report.steps) == 27
+
+
+class CutOffRelay(Relay):
+    """Loses the server at its fifth sum, as by a reset of its link, and takes that for its own end."""
+
+    def _from_server(self, frame: Frame) -> None:
+        self.combined = getattr(self, "combined", 0) + (frame.kind is Kind.COMBINE)
+        if self.combined == 5:
+            raise LinkError("a test")
+        super()._from_server(frame)
+
+
+class EndedWorker(Worker):
+    """Says how it ended: a worker that returns has been told to, and is not replaced."""
+
+    ends: ClassVar[dict[int, str]] = {}
+
+    def run(self) -> None:
+        self.ends[self.rank] = "lost its link"
+        super().run()
+        self.ends[self.rank] = "told to stop"
+
+
+def test_workers_of_a_relay_that_lost_the_server_know_that_the_run_goes_on(on_one_host):
+    EndedWorker.ends = {}
+    run = spread(job(num_workers=3), [1, 2], cls=EndedWorker, relay_cls=CutOffRelay)
+    assert finish(run) == on_one_host
+    assert [EndedWorker.ends[rank] for rank in (1, 2)] == ["lost its link"] * 2
 
 
 def test_a_host_may_join_in_the_middle(on_one_host):

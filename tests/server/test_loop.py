@@ -29,7 +29,7 @@ from distrain.server.loop import LoopSettings
 from distrain.server.parameter_server import Gathered, ParameterServer
 from distrain.worker import Source, Worker
 from tests.support.datasets import ArrayDataset
-from tests.support.runs import Job, Mortal, open_run, start_worker, task, train
+from tests.support.runs import Job, KilledWorker, Mortal, open_run, start_worker, task, train
 
 
 def source(rows: int = 137, batch_size: int = 16, shards: int = 4, seed: int = 0, shuffle: bool = True) -> Source:
@@ -345,6 +345,23 @@ def test_asynchronous_workers_may_die():
     run, report = train(job(num_workers=2, asynchronous=True, staleness=None), 2, cls=Mortal)
     assert Mortal.died == [1] and run.outcome.epoch == 3
     assert sum(r.samples for r in report.steps) == 3 * 137
+
+
+class DiesInValidation(Worker):
+    """Rank 0 dies as it is asked for its part of a validation, when the others have done theirs."""
+
+    def handle(self, frame: Frame) -> None:
+        if frame.kind is Kind.VALIDATE and self.rank == 0:
+            time.sleep(0.1)
+            self._link.close()
+            raise KilledWorker
+        super().handle(frame)
+
+
+def test_who_dies_in_the_validation_of_an_asynchronous_run_leaves_its_part_to_the_others():
+    run, report = train(job(num_workers=3, asynchronous=True, staleness=None), 3, cls=DiesInValidation)
+    assert run.outcome.samples == 3 * 137 and len(report.validations) == 3
+    assert [event.rank for event in report.events if event.kind == "lost"] == [0]
 
 
 def test_an_asynchronous_run_stopped_and_resumed_takes_each_row_once_an_epoch():

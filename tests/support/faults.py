@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ _STEP = 6
 
 def build(moment: str | None = None, flag: str = "", until: str = "") -> nn.Module:
     """An MLP of 4 features and 3 classes. Whoever makes the file `flag` first dies at `moment` of about step 6; without
-    a flag everybody does, each time. Steps are slow until there is a file `until`, if it is given."""
+    a flag everybody does, each time. Steps are slow until there is a file `until`, if it is given. Moment "relay": a
+    relay dies before it joins."""
+    if moment == "relay" and b"RelayActor" in Path("/proc/self/cmdline").read_bytes():
+        _die(flag)
     layers = [nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), _Probe(moment, flag)]
     return nn.Sequential(*layers, *([Sleep(0.02, until=until)] if until else []), nn.Linear(16, 3))
 
