@@ -121,11 +121,8 @@ def resume(run: str, overrides: tuple[str, ...], root: str, anyway: bool, as_jso
 @click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Predict the speed of so many; may be given "
               "again. Needs --sweep.")  # fmt: skip
 @click.option("--sweep", help="The sweep whose measurements to predict from: its name, folder or MLflow id.")
-@_ROOT
 @_JSON
-def plan(
-    config: Path, overrides: tuple[str, ...], workers: tuple[int, ...], sweep: str | None, root: str, as_json: bool
-) -> None:
+def plan(config: Path, overrides: tuple[str, ...], workers: tuple[int, ...], sweep: str | None, as_json: bool) -> None:
     """Say what a run would be, before anything starts: rows, shards, steps, memory, resources.
 
     With a sweep that was run, also how fast other worker counts would be: distrain plan job.yaml --sweep NAME
@@ -143,7 +140,7 @@ def plan(
         from distrain.study.forecast import forecast
         from distrain.study.report import find
 
-        study, _ = find(sweep, root, loaded.tracking.uri)
+        study, _ = find(sweep, loaded.checkpoint.dir, loaded.tracking.uri)
         forecasts = forecast(study.points, workers, found.batch_size, loaded.shards, found.steps_per_epoch)
     if as_json:
         predicted = {"forecasts": [asdict(each) for each in forecasts]} if forecasts else {}
@@ -215,7 +212,7 @@ def predict(
 
 
 @main.command()
-@click.argument("folder", default="checkpoints")
+@click.argument("folder", default="checkpoints", envvar="DISTRAIN_CHECKPOINT_DIR")
 @click.option("--prune", "keep", type=click.IntRange(min=1), metavar="N", help="Keep only the last N and the best.")
 @_JSON
 def checkpoints(folder: str, keep: int | None, as_json: bool) -> None:

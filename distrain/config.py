@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from distrain import config_file
 from distrain.errors import ConfigError
 
+_HIDDEN = "***@"  # in the place of a URI's user and password
 _USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^/\s]*@")
 _REFERENCE = re.compile(r"[\w.]+:\w+")
 _FULL_FORWARD_ROWS = 4096  # of a forward pass of a full batch: enough for speed, little memory
@@ -648,6 +649,22 @@ class TrainConfig(_Section):
         """Build from nested values and `dotted.key=value` overrides. Raises ConfigError with every problem."""
         return _build(config_file.Document(dict(values)), overrides)
 
+    def changed(self, overrides: Sequence[str]) -> TrainConfig:
+        """The same configuration, credentials and all, with `dotted.key=value` overrides. Raises ConfigError with every
+        problem."""
+        return self.from_mapping(self.model_dump(mode="json"), overrides)
+
+    @property
+    def without_credentials(self) -> list[str]:
+        """The keys in use whose URI has lost its credentials: it came out of `to_mapping`."""
+        uris = {
+            "data.train": self.data.train,
+            "data.validation": self.data.validation,
+            "checkpoint.dir": self.checkpoint.dir,
+            "tracking.uri": self.tracking.uri if self.tracking.enabled else None,
+        }
+        return [key for key, uri in uris.items() if _HIDDEN in str(uri)]
+
     def in_folder(self, folder: Path) -> TrainConfig:
         """The same configuration with relative paths taken from `folder`: of the data, checkpoints, and tracking's
         database."""
@@ -720,7 +737,7 @@ def _from(folder: Path, path: Any) -> Any:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, str):
-        return _USER_INFO.sub("***@", value)
+        return _USER_INFO.sub(_HIDDEN, value)
     if isinstance(value, dict):
         return {key: _without_secrets(item) for key, item in value.items()}
     return [_without_secrets(item) for item in value] if isinstance(value, list) else value

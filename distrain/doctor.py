@@ -69,8 +69,14 @@ def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> 
     if config is not None:
         finding, preparation = data(config)
         yield finding
-    yield tracking(config.tracking if config is not None else TrackingConfig())
-    yield checkpoints(config.checkpoint if config is not None else CheckpointConfig(), _checkpoint_bytes(preparation))
+    tracked = config.tracking if config is not None else TrackingConfig()
+    kept = config.checkpoint if config is not None else CheckpointConfig()
+    is_job = dashboard is not None  # which takes the cluster's stores, unless it names its own
+    yield of_cluster("tracking", "MLFLOW_TRACKING_URI") if is_job and not _names(tracked, "uri") else tracking(tracked)
+    if is_job and not _names(kept, "dir"):
+        yield of_cluster("checkpoints", "DISTRAIN_CHECKPOINT_DIR")
+    else:
+        yield checkpoints(kept, _checkpoint_bytes(preparation))
 
 
 def versions(requirements: list[str] | None = None) -> Finding:
@@ -184,6 +190,11 @@ def data(config: TrainConfig) -> tuple[Finding, Preparation | None]:
     return Finding("data", OK, f"{message}; {found.train.plan.steps_per_epoch:,} steps an epoch"), found
 
 
+def of_cluster(subject: str, variable: str) -> Finding:
+    """What the cluster's environment says and this one does not know."""
+    return Finding(subject, OK, f"not looked at from here: the cluster's {variable} says where, or its default")
+
+
 def tracking(config: TrackingConfig, check: Callable[[str], None] = check_reachable) -> Finding:
     """Whether the tracking store is there and answers as MLflow does."""
     if not config.enabled:
@@ -242,6 +253,11 @@ def _checkpoint_bytes(preparation: Preparation | None) -> int | None:
         return 3 * Layout.of(build_task(preparation.task).model).vector_bytes
     except DistrainError:  # the model cannot be built: not a matter of room
         return None
+
+
+def _names(config: TrackingConfig | CheckpointConfig, key: str) -> bool:
+    """Whether a configuration was given this key."""
+    return key in config.model_fields_set
 
 
 def _cluster_advice(error: DistrainError) -> str:

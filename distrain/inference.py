@@ -155,7 +155,7 @@ def open_data(checkpoint: Checkpoint, config: TrainConfig, paths: Paths, with_la
 def _validation_data(config: TrainConfig) -> Paths:
     if config.data.validation is None:
         raise ConfigError("the run had no validation data: name the data to evaluate on")
-    if "***@" in str(config.data.validation):
+    if "data.validation" in config.without_credentials:
         raise ConfigError("the checkpoint does not hold the password of the run's validation data: name the data")
     return config.data.validation
 

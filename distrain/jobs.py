@@ -155,7 +155,7 @@ class Jobs:
         except AuthenticationError as error:
             raise ClusterError(
                 f"the cluster at {self.address} wants its token, and got none or another: it is looked for in "
-                "~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names"
+                "RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
             ) from error
         except (ConnectionError, RuntimeError, OSError) as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -137,7 +137,7 @@ def check_answers(address: str) -> None:
         if isinstance(error, AuthenticationError) or "Unauthenticated" in str(error):
             raise ClusterError(
                 f"the cluster at {address} wants its token, and got none or another: it is looked for in "
-                "~/.ray/auth_token, or in the file that RAY_AUTH_TOKEN_PATH names"
+                "RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
             ) from error
         raise ClusterError(f"no Ray cluster answers as it should at {address}: {error}") from error
 

@@ -24,6 +24,7 @@ from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLos
 from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
+from distrain.learning.schedules import has_end
 from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
@@ -94,6 +95,7 @@ class Trainer:
         self._progress = progress or SilentProgress()
         self._checkpoint = checkpoint
         self._anyway = False  # resume although what decides the result has changed
+        self._remedy = "with --anyway it goes on from these weights, and begins the epoch under way again"
         self._stop_reason: str | None = None
         self._step = checkpoint.manifest["step"] if checkpoint is not None else 0  # the furthest one told of
         self._validated_step = self._step
@@ -129,6 +131,10 @@ class Trainer:
         checkpoint = load(found.path)
         before = checkpoint.manifest["config"]
         config = TrainConfig.from_mapping(before, overrides)
+        if keys := config.without_credentials:
+            raise CheckpointError(
+                f"a checkpoint does not hold passwords: {', '.join(keys)} had one. Give it again: {keys[0]}=..."
+            )
         trainer = cls(config, progress, checkpoint, began)
         trainer._anyway = anyway
         trainer._check_resumable(checkpoint, {})
@@ -145,6 +151,10 @@ class Trainer:
             return cls(config, progress, None, began)
         checkpoint = load(find(folder).path)
         trainer = cls(config, progress, checkpoint, began)
+        trainer._remedy = (
+            f"resume: auto goes on with {folder}: give another tracking.run_name to begin a run, or go on from these "
+            f"weights with: distrain resume {folder} --anyway"
+        )
         trainer._check_resumable(checkpoint, {})
         return trainer
 
@@ -221,8 +231,7 @@ class Trainer:
         if changed and not self._anyway:
             lines = "\n".join(f"  {line}" for line in changed)
             raise CheckpointError(
-                f"the run cannot be resumed as it was, since this decides its result:\n{lines}\n"
-                "with --anyway it goes on from these weights, and begins the epoch under way again"
+                f"the run cannot be resumed as it was, since this decides its result:\n{lines}\n{self._remedy}"
             )
         return changed
 
@@ -475,9 +484,9 @@ class Trainer:
             self._copy_history()
             tracker.event(Event(_now_ms(), "checkpoint", f"checkpoint {path}", step))
 
-        def failed(step: int, error: CheckpointError) -> None:
-            tracker.event(Event(_now_ms(), "checkpoint", error.message, step))
-            self._progress.note(f"no checkpoint of step {step}: {error.message}")
+        def failed(step: int | None, error: CheckpointError) -> None:
+            tracker.event(Event(_now_ms(), "checkpoint", error.message, self._step if step is None else step))
+            self._progress.note(f"no checkpoint{'' if step is None else f' of step {step}'}: {error.message}")
 
         return CheckpointWriter(store, crew.take_snapshot, fields, written, failed)
 
@@ -549,7 +558,16 @@ class Trainer:
             num_workers=config.workers.count,
             first_step=self._step,
             tracking_uri=config.tracking.uri if config.tracking.enabled else None,
+            train_on=self._train_on(),
         )
+
+    def _train_on(self) -> str:
+        """The override with which a finished run goes on; none where its schedule would rise again, or has ended."""
+        if has_end(self.config.schedule):
+            return ""
+        if self.config.max_steps == self._last_step:
+            return f"max_steps={2 * self._last_step}"
+        return f"epochs={2 * self.config.epochs}"
 
     def _finish(
         self, outcome: Outcome, failures: int, peak_bytes: int, preparation: Preparation, tracker: Tracker

@@ -146,6 +146,9 @@ def test_python_users_get_the_same_errors_without_a_file():
 def test_credentials_do_not_travel():
     config = TrainConfig(data=DATA, tracking={"uri": "https://me:secret@mlflow.example"})
     assert "secret" not in config.to_yaml() and "https://***@mlflow.example" in config.to_yaml()
+    assert config.changed(["epochs=3"]).tracking.uri == "https://me:secret@mlflow.example"
+    assert config.without_credentials == []
+    assert TrainConfig.from_mapping(config.to_mapping()).without_credentials == ["tracking.uri"]
 
 
 def test_relative_paths_are_taken_from_a_folder():

@@ -125,6 +125,17 @@ def test_a_cluster_open_to_all_and_one_of_another_version(open_dashboard: str, m
     assert other.verdict == "warning" and "runs Ray 2.40.0" in other.message
 
 
+def test_a_job_takes_the_stores_of_its_cluster(open_dashboard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    own = load_config(write_job(tmp_path), [])
+    silent = own.model_copy(update={"tracking": TrackingConfig(), "checkpoint": CheckpointConfig(keep=2)})
+    said = {found.subject: found.message for found in doctor.examine(silent, open_dashboard)}
+    assert "the cluster's MLFLOW_TRACKING_URI" in said["tracking"]
+    assert "the cluster's DISTRAIN_CHECKPOINT_DIR" in said["checkpoints"]
+    said = {found.subject: found.message for found in doctor.examine(own, open_dashboard)}
+    assert str(tmp_path / "mlflow.db") in said["tracking"] and "free" in said["checkpoints"]
+
+
 def test_a_copy_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch):
     def not_there(name: str) -> list[str]:
         raise PackageNotFoundError(name)

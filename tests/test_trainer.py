@@ -11,10 +11,11 @@ import psutil
 import pytest
 import ray
 
+from distrain.checkpoint import load
 from distrain.config import TrainConfig, load_config
 from distrain.errors import CheckpointError, ClusterError, ConfigError, DistrainError, TrainingError
 from distrain.history import check
-from distrain.progress import SilentProgress
+from distrain.progress import RunInfo, SilentProgress
 from distrain.records import Report
 from distrain.trainer import Result, Trainer
 from tests.support.jobs import distrain, finish, is_alive, leftovers, start, wait_for, workers_of, write_job
@@ -79,6 +80,48 @@ def test_what_decides_the_result_may_only_change_on_request(cluster: None, job: 
         Trainer.resume(first.checkpoint, changes)
     resumed = Trainer.resume(first.checkpoint, changes, anyway=True).fit()
     assert resumed.epochs == 4 and resumed.samples == 3 * 300, "the second epoch began again"
+
+
+def test_a_name_that_is_taken_by_another_training_is_said_with_what_to_do(cluster: None, job: Path):
+    named = ("tracking.run_name=taken", "resume=auto", "max_steps=3")
+    assert Trainer.begin(load_config(job, named)).fit().steps == 3
+    again = Trainer.begin(load_config(job, [*named, "max_steps=5"])).fit()
+    assert again.steps == 5 and again.samples == 2 * 30, "it went on"
+    with pytest.raises(
+        CheckpointError, match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken --any"
+    ):
+        Trainer.begin(load_config(job, [*named, "batch_size=24"]))
+
+
+def test_passwords_that_a_checkpoint_does_not_hold_are_asked_for(
+    cluster: None, job: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = load(fit(job, "max_steps=3").checkpoint)
+    checkpoint.manifest["config"]["data"]["validation"] = "s3://***@bucket/rows"
+    monkeypatch.setattr("distrain.trainer.load", lambda path: checkpoint)
+    with pytest.raises(
+        CheckpointError, match=r"does not hold passwords: data\.validation had one\. .*data\.validation=\.\.\."
+    ):
+        Trainer.resume(str(checkpoint.path))
+    assert Trainer.resume(str(checkpoint.path), ["data.validation=null", "max_steps=4"]).fit().steps == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "train_on"),
+    [
+        (["schedule=null", "epochs=1"], "epochs=2"),
+        (["schedule=null", "max_steps=3"], "max_steps=6"),
+        (["schedule={name: CosineAnnealingLR, T_max: 3}", "max_steps=3"], ""),
+    ],
+)
+def test_a_run_says_with_what_to_train_on(cluster: None, job: Path, overrides: list[str], train_on: str):
+    class Watcher(SilentProgress):
+        def started(self, info: RunInfo) -> None:
+            self.info = info
+
+    watcher = Watcher()
+    Trainer(load_config(job, overrides), watcher).fit()
+    assert watcher.info.train_on == train_on
 
 
 def test_staleness_gives_the_same_bits_at_any_worker_count(undisturbed: Result, job: Path):

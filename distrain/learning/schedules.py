@@ -21,6 +21,13 @@ _REFUSED = {
     "_LRScheduler": "it is the base class",
 }
 
+_WITH_AN_END = ("CosineAnnealingLR", "OneCycleLR", "PolynomialLR")  # beyond it the rate rises again, is 0 or an error
+
+
+def has_end(config: ScheduleConfig | None) -> bool:
+    """Whether a schedule is for a number of steps, and no more."""
+    return config is not None and config.name in _WITH_AN_END
+
 
 class Schedule:
     """Moves the learning rate: `step` after each update, `validated` after each validation.

@@ -24,6 +24,7 @@ class RunInfo:
     first_step: int = 0  # updates applied before; above 0 when the run is resumed
     run_id: str | None = None  # MLflow's
     tracking_uri: str | None = None  # None: tracking is off
+    train_on: str = ""  # the override with which the run goes on when it has finished; empty: none would do
 
 
 class HasJson(Protocol):

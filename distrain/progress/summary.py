@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -73,18 +72,16 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _commands(values: Mapping[str, Any], standing: Standing | None) -> list[tuple[str, str]]:
     info = standing.info if standing is not None else None
-    run = values.get("run_name") or (info.run_name if info is not None else None)
-    if values.get("restarts") and values.get("checkpoint"):
-        run = str(Path(values["checkpoint"]).parent)  # runs of a sweep have a folder of their own
     commands: list[tuple[str, str]] = []
     if values.get("run_id") and (info is None or not _is_server(info.tracking_uri)):
         is_default = info is None or info.tracking_uri in (None, _DEFAULT_URI)
         commands.append(("distrain ui" if is_default else "distrain ui CONFIG", "the curves, in MLflow"))
     if values.get("checkpoint"):
-        if run and info is not None and values.get("status") == "finished":
-            commands.append((f"distrain resume {run} epochs={2 * info.epochs}", "train on"))
-        elif run:
+        run = values["checkpoint"].rpartition("/")[0]  # its folder, or URI
+        if values.get("status") != "finished":
             commands.append((f"distrain resume {run}", "go on from the last checkpoint"))
+        elif info is not None and info.train_on:
+            commands.append((f"distrain resume {run} {info.train_on}", "train on"))
         commands.append((f"distrain evaluate {values['checkpoint']} DATA", "measure it on other data"))
     return commands
 

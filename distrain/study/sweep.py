@@ -50,7 +50,8 @@ class Sweep:
             )
         if "://" in config.checkpoint.dir:
             raise ConfigError(
-                f"checkpoint.dir: a sweep keeps its record and report in a local folder, not in {config.checkpoint.dir}"
+                f"checkpoint.dir: sweeps and restarts keep their record and report in a local folder, not in "
+                f"{config.checkpoint.dir}: give one, as in checkpoint.dir=checkpoints"
             )
         self._config, self._grid, self._scale_lr = config, sweep.grid, sweep.scale_lr
         self._points = expand(sweep.grid, sweep.scale_lr, config.batch_size)
@@ -104,7 +105,6 @@ class Sweep:
 
     def _point_configs(self) -> dict[str, TrainConfig]:
         """The configuration of each point, by name. Raises ConfigError with the problems of all."""
-        base = self._config.to_mapping()
         configs, problems = {}, []
         for point in self._points:
             overrides = [
@@ -114,7 +114,7 @@ class Sweep:
                 f"tracking.run_name={point.slug}",
             ]
             try:
-                configs[point.name] = TrainConfig.from_mapping(base, overrides)
+                configs[point.name] = self._config.changed(overrides)
             except ConfigError as error:
                 problems += [f"{point.name}: {line}" for line in error.message.splitlines()]
         if problems:

@@ -82,7 +82,9 @@ def test_the_summary_says_how_it_went_and_how_to_look_further():
         "MLflow run": "f" * 32,
     }  # fmt: skip
     commands = re.findall(r"^  (distrain .*?) +#", stream.getvalue(), re.MULTILINE)
-    assert commands == ["distrain ui", "distrain resume a-run", "distrain evaluate checkpoints/a-run/step-400 DATA"]
+    assert commands == [
+        "distrain ui", "distrain resume checkpoints/a-run", "distrain evaluate checkpoints/a-run/step-400 DATA"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,10 +99,19 @@ def test_the_summary_says_how_it_went_and_how_to_look_further():
 def test_the_summary_leads_to_the_page(uri, told):
     stream = io.StringIO()
     progress = LineProgress(stream)
-    progress.started(replace(INFO, tracking_uri=uri))
+    progress.started(replace(INFO, tracking_uri=uri, train_on="epochs=20"))
     progress.finished(RESULT | {"status": "finished"})
     assert told in stream.getvalue()
-    assert "distrain resume a-run epochs=20  " in stream.getvalue()
+    assert "distrain resume checkpoints/a-run epochs=20  " in stream.getvalue()
+
+
+def test_the_summary_offers_to_train_on_only_where_that_would_do_something():
+    stream = io.StringIO()
+    progress = LineProgress(stream)
+    progress.started(INFO)
+    progress.finished(RESULT | {"status": "finished", "checkpoint": "s3://bucket/runs/a-run/step-400"})
+    assert "distrain resume" not in stream.getvalue()
+    assert "distrain evaluate s3://bucket/runs/a-run/step-400 DATA" in stream.getvalue()
 
 
 def test_a_phase_after_the_last_step_is_shown_below_the_lines():
@@ -140,7 +151,7 @@ def test_live_lines_on_a_terminal():
     assert "validation loss 0.5, accuracy 0.9 (step 400)" in text
     bar = "█" * 3 + "▓" * 18 + "▒" * 6 + "░" * 3
     assert f"time {bar}  █ data 10%  ▓ compute 60%  · waiting 0%  ▒ exchange 20%  ░ update 10%" in text
-    assert "distrain resume a-run" in text
+    assert "distrain resume checkpoints/a-run" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
 
 
