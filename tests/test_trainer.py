@@ -86,7 +86,7 @@ def test_a_name_that_is_taken_by_another_training_is_said_with_what_to_do(cluste
     named = ("tracking.run_name=taken", "resume=auto", "max_steps=3")
     assert Trainer.begin(load_config(job, named)).fit().steps == 3
     again = Trainer.begin(load_config(job, [*named, "max_steps=5"])).fit()
-    assert again.steps == 5 and again.samples == 2 * 30, "it went on"
+    assert again.steps == 5 and again.samples == 2 * 32, "it went on"
     with pytest.raises(
         CheckpointError, match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken --any"
     ):
