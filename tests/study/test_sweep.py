@@ -160,7 +160,9 @@ def test_the_configuration_needs_a_grid():
 
 def test_a_sweep_is_kept_in_a_local_folder():
     keys = {"data": {"train": "rows", "label": "y"}, "sweep": {"grid": {"seed": [1, 2]}}}
-    with pytest.raises(ConfigError, match=r"checkpoint.dir: sweeps and restarts keep .* folder, not in s3://runs: give"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint.dir: sweeps and restarts keep .* folder, not in s3://runs: give"
+    ):
         Sweep(TrainConfig(**keys, checkpoint={"dir": "s3://runs"}))
 
 
