@@ -20,8 +20,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from distrain import __version__
+from distrain.credentials import redacted
 from distrain.errors import CheckpointError
-from distrain.manifest import FORMAT, MANIFEST, read_manifest, redacted, seal
+from distrain.manifest import FORMAT, MANIFEST, read_manifest, seal
 from distrain.storage import Place, candidates, keeper, num_bytes, place
 
 if TYPE_CHECKING:

@@ -19,10 +19,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from distrain import config_file
+from distrain.credentials import HIDDEN, redacted
 from distrain.errors import ConfigError
 
-_HIDDEN = "***@"  # in the place of a URI's user and password
-_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^/\s]*@")
 _REFERENCE = re.compile(r"[\w.]+:\w+")
 _FULL_FORWARD_ROWS = 4096  # of a forward pass of a full batch: enough for speed, little memory
 
@@ -663,7 +662,7 @@ class TrainConfig(_Section):
             "checkpoint.dir": self.checkpoint.dir,
             "tracking.uri": self.tracking.uri if self.tracking.enabled else None,
         }
-        return [key for key, uri in uris.items() if _HIDDEN in str(uri)]
+        return [key for key, uri in uris.items() if HIDDEN in str(uri)]
 
     def in_folder(self, folder: Path) -> TrainConfig:
         """The same configuration with relative paths taken from `folder`: of the data, checkpoints, and tracking's
@@ -682,7 +681,7 @@ class TrainConfig(_Section):
 
     def to_mapping(self) -> dict[str, Any]:
         """The resolved configuration as nested JSON-able values, without credentials, in the order of the keys."""
-        return _without_secrets(self.model_dump(mode="json"))
+        return redacted(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that reads back as the same, but for credentials."""
@@ -733,11 +732,3 @@ def _from(folder: Path, path: Any) -> Any:
     if isinstance(path, list):
         return [_from(folder, each) for each in path]
     return path if path is None or (urlsplit(path).scheme and "://" in path) else str(folder / path)
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, str):
-        return _USER_INFO.sub(_HIDDEN, value)
-    if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items()}
-    return [_without_secrets(item) for item in value] if isinstance(value, list) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ FORMAT = 1  # of the checkpoint's folder; a reader refuses a newer one
 MANIFEST = "manifest.json"
 
 _NON_FINITE = "$float"  # JSON has no infinity: {"$float": "inf"} stands for one
-_USER_INFO = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@")
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
@@ -52,17 +50,6 @@ def read_manifest(path: Place) -> dict[str, Any]:
     if manifest.pop("sha256", None) != _sha256(_to_json(manifest)):
         raise CheckpointError(f"{file}: damaged: its content does not match its SHA-256")
     return _from_json(manifest)
-
-
-def redacted(value: Any) -> Any:
-    """Return nested JSON-able values with the user and password taken out of every URI."""
-    if isinstance(value, str):
-        return _USER_INFO.sub("***@", value)
-    if isinstance(value, Mapping):
-        return {key: redacted(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
-    return value
 
 
 def _sha256(plain: dict[str, Any]) -> str:

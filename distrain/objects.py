@@ -16,9 +16,10 @@ from urllib.parse import quote, unquote
 
 from pyarrow import fs
 
+from distrain.credentials import redacted
 from distrain.data.files import filesystem
 from distrain.errors import CheckpointError, DataError
-from distrain.manifest import MANIFEST, redacted
+from distrain.manifest import MANIFEST
 
 _ABANDONED_S = 3600.0  # a folder that nobody has finished for so long
 

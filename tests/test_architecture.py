@@ -56,6 +56,7 @@ LAYERS = {
     "distrain.supervision": 0,
     "distrain.config": 0,
     "distrain.config_file": 0,
+    "distrain.credentials": 0,
     "distrain.errors": 0,
     "distrain.study.advice": 0,
     "distrain.study.claims": 0,

@@ -143,10 +143,12 @@ def test_python_users_get_the_same_errors_without_a_file():
     assert OptimizerConfig(betas=["1e-1", 0.9]).options == {"betas": [0.1, 0.9]}
 
 
-def test_credentials_do_not_travel():
-    config = TrainConfig(data=DATA, tracking={"uri": "https://me:secret@mlflow.example"})
+@pytest.mark.parametrize("user", ["me", "me@example.com"])
+def test_credentials_do_not_travel(user: str):
+    uri = f"https://{user}:secret@mlflow.example"
+    config = TrainConfig(data=DATA, tracking={"uri": uri})
     assert "secret" not in config.to_yaml() and "https://***@mlflow.example" in config.to_yaml()
-    assert config.changed(["epochs=3"]).tracking.uri == "https://me:secret@mlflow.example"
+    assert config.changed(["epochs=3"]).tracking.uri == uri
     assert config.without_credentials == []
     assert TrainConfig.from_mapping(config.to_mapping()).without_credentials == ["tracking.uri"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distrain.credentials import redacted
 from distrain.errors import TrackingError
-from distrain.manifest import redacted
 from distrain.tracking.environment import quiet_environment
 
 _OUTCOMES = ("train/loss", "val/", "throughput/samples_per_sec", "final/", "target/", "study/", "time/step_sec")

@@ -37,8 +37,8 @@ from mlflow.types import ColSpec, Schema
 from torch import nn
 
 from distrain import __version__
+from distrain.credentials import redacted
 from distrain.errors import TrackingError
-from distrain.manifest import redacted
 from distrain.tracking.description import DatasetDescription, ModelInput, RunDescription
 from distrain.tracking.export import export_model
 from distrain.tracking.local import database_folder

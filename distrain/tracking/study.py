@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distrain.config import TrackingConfig
+from distrain.credentials import redacted
 from distrain.errors import TrackingError
-from distrain.manifest import redacted
 from distrain.tracking.description import RunDescription
 from distrain.tracking.environment import quiet_environment
 
