@@ -18,7 +18,7 @@ from tests.support.jobs import finish, wait_for
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 NUM_WORKERS = 3
 STEPS_PER_EPOCH = 23
-LONG = ("epochs=120", "shards=6")
+LONG = ("epochs=120", "schedule.T_max=2760", "shards=6")  # T_max: 120 epochs of 23 steps
 
 
 @pytest.fixture(scope="module")
