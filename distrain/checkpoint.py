@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -38,6 +38,8 @@ FREE_KEYS = (
     "data.train", "data.validation",
 )  # fmt: skip
 _NOT_FREE = ("workers.precision",)
+_LEARNING_RATE = ("optimizer.", "schedule.")  # the sections that say it
+_KEEP_MOMENTS = {f"optimizer.{key}" for key in ("lr", "scale_lr", "base_batch_size", "betas", "eps")}
 
 _CHUNK_BYTES = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
@@ -306,8 +308,8 @@ def prune(run: str | Place, keep: int) -> list[Place]:
 
 def differences(
     manifest: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str | None]
-) -> list[str]:
-    """What decides the result and differs from the checkpoint's run, a line each.
+) -> dict[str, str]:
+    """What decides the result and differs from the checkpoint's run: a line each, by key.
 
     `config` is the resolved configuration, nested, as JSON has it; `shards: null` in it means the checkpoint's.
     `fingerprints` are those of the data sets "train" and "validation". `FREE_KEYS` may change, and so may a data set's
@@ -318,18 +320,38 @@ def differences(
         old["shards"] = old.get("workers.count")
     if new.get("shards") is None:
         new["shards"] = old["shards"]
-    found = [
-        f"{key}: {old.get(key)!r} in the checkpoint, now {new.get(key)!r}"
+    found = {
+        key: f"{key}: {old.get(key)!r} in the checkpoint, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
         and (key in _NOT_FREE or not any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS))
-    ]
-    found += [
-        f"data.{name}: the {name} data has changed (files, rows or columns) since the checkpoint was written"
+    }
+    return found | {
+        f"data.{name}": f"data.{name}: the {name} data has changed (files, rows or columns) since the checkpoint was "
+        "written"
         for name, fingerprint in manifest["data"].items()
         if fingerprint and fingerprints.get(name) and fingerprint != fingerprints[name]
-    ]
-    return found
+    }
+
+
+def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[str]:
+    """Have a run that goes on from this checkpoint follow the `changed` keys, of `differences`.
+
+    The epoch under way begins again. Where the learning rate has to do with it, the optimizer's options and the
+    schedule are the configuration's, the schedule as after the updates done so far, and not those in the state. Moments
+    that may not fit begin anew. Returns what else a person should know, a line each.
+    """
+    state = manifest["state"]
+    state["agenda"] = {"epoch": manifest["epoch"]}
+    is_scaled = manifest["config"]["optimizer"].get("base_batch_size") is not None
+    if not any(key.startswith(_LEARNING_RATE) or (key == "batch_size" and is_scaled) for key in changed):
+        return []
+    state["schedule"] = {"steps": state["schedule"]["steps"]}
+    state["optimizer"]["param_groups"] = None
+    if not any(key.startswith("optimizer.") and key not in _KEEP_MOMENTS for key in changed):
+        return []
+    state["optimizer"]["state"] = []
+    return ["the optimizer's state, such as its momentum, begins anew"]
 
 
 def _best(run: Place) -> Found:

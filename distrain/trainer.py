@@ -14,7 +14,17 @@ from typing import Any
 import torch
 
 from distrain.actors import Restored, RunSpec, UpdateSpec
-from distrain.checkpoint import MODEL, Checkpoint, CheckpointStore, Snapshot, differences, find, has_checkpoints, load
+from distrain.checkpoint import (
+    MODEL,
+    Checkpoint,
+    CheckpointStore,
+    Snapshot,
+    differences,
+    find,
+    follow_changes,
+    has_checkpoints,
+    load,
+)
 from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig
 from distrain.crew import MOVING, Crew, worker_threads
@@ -24,7 +34,7 @@ from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLos
 from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
-from distrain.learning.schedules import has_end
+from distrain.learning.schedules import has_end, what_comes_after
 from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
@@ -189,15 +199,18 @@ class Trainer:
         check_own_code(preparation)
         if self._checkpoint is not None:
             changed = self._check_resumable(self._checkpoint, preparation.fingerprints)
-            for line in changed:
+            for line in changed.values():
                 self._progress.note(f"changed since the checkpoint: {line}")
             if changed:
-                self._checkpoint.manifest["state"]["agenda"] = {"epoch": self._checkpoint.manifest["epoch"]}
+                for line in follow_changes(self._checkpoint.manifest, changed):
+                    self._progress.note(line)
             self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
         steps = config.epochs * preparation.updates_per_epoch
         self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
+        if text := what_comes_after(config.schedule, self._last_step):
+            self._progress.note(text)
         tracker = make_tracker(config.tracking, self._description(preparation), str(self._folder), self._progress.note)
         tracker.open()  # which takes as long as Ray does, and a core that Ray leaves idle
         self._progress.phase("starting Ray")
@@ -225,11 +238,11 @@ class Trainer:
             cluster.close()
         return result
 
-    def _check_resumable(self, checkpoint: Checkpoint, fingerprints: dict[str, str | None]) -> list[str]:
-        """What decides the result and has changed. Raises CheckpointError for it, unless told to go on anyway."""
+    def _check_resumable(self, checkpoint: Checkpoint, fingerprints: dict[str, str | None]) -> dict[str, str]:
+        """What decides the result and has changed, by key. Raises CheckpointError, unless told to go on anyway."""
         changed = differences(checkpoint.manifest, self.config.to_mapping(), fingerprints)
         if changed and not self._anyway:
-            lines = "\n".join(f"  {line}" for line in changed)
+            lines = "\n".join(f"  {line}" for line in changed.values())
             raise CheckpointError(
                 f"the run cannot be resumed as it was, since this decides its result:\n{lines}\n{self._remedy}"
             )

@@ -231,6 +231,11 @@ def test_plan_says_what_a_run_would_be(job: Path):
     assert said["num_rows"] == 300 and said["steps_per_epoch"] == 10 and said["total_steps"] == 40
     assert said["num_shards"] == 4 and said["asked"] == {"CPU": 2}
     assert run("plan", job).exit_code == 0
+    assert said["warnings"] == []
+    assert (
+        "beyond that the learning rate rises again; schedule.T_max=35 makes"
+        in run("plan", job, "schedule.T_max=34").stdout
+    )
 
 
 def test_checkpoints_are_listed_verified_and_pruned(tmp_path: Path):

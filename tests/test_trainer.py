@@ -10,6 +10,7 @@ from typing import ClassVar
 import psutil
 import pytest
 import ray
+from safetensors.torch import load_file
 
 from distrain.checkpoint import load
 from distrain.config import TrainConfig, load_config
@@ -80,6 +81,30 @@ def test_what_decides_the_result_may_only_change_on_request(cluster: None, job: 
         Trainer.resume(first.checkpoint, changes)
     resumed = Trainer.resume(first.checkpoint, changes, anyway=True).fit()
     assert resumed.epochs == 4 and resumed.samples == 3 * 300, "the second epoch began again"
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "lr", "keeps_moments"),
+    [
+        (["optimizer.lr=0.002"], 0.002, True),
+        (["schedule={name: StepLR, step_size: 5, gamma: 0.5}"], 0.01 / 2**3, True),
+        (["optimizer.weight_decay=0.01"], 0.01, False),
+    ],
+)
+def test_a_changed_learning_rate_is_followed(
+    cluster: None, job: Path, changes: list[str], lr: float, keeps_moments: bool, slices: int
+):
+    first = fit(job, "max_steps=13", "optimizer={name: AdamW, lr: 0.01, weight_decay: 0}", "schedule=null")
+    assert first.checkpoint is not None
+    longer = ["max_steps=15", f"server.slices={slices}"]
+    resumed = Trainer.resume(first.checkpoint, [*changes, *longer], anyway=True).fit()
+    assert resumed.steps == 15 and resumed.checkpoint is not None
+    optimizer = load(Path(resumed.checkpoint)).manifest["state"]["optimizer"]
+    assert [group["lr"] for group in optimizer["param_groups"]] == pytest.approx([lr] * (1 if keeps_moments else 2))
+    saved = load_file(Path(resumed.checkpoint) / "optimizer.safetensors")
+    steps = {tensor.item() for name, tensor in saved.items() if name.endswith(".step")}
+    assert steps == {15 if keeps_moments else 2}
 
 
 def test_a_name_that_is_taken_by_another_training_is_said_with_what_to_do(cluster: None, job: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -21,12 +22,33 @@ _REFUSED = {
     "_LRScheduler": "it is the base class",
 }
 
-_WITH_AN_END = ("CosineAnnealingLR", "OneCycleLR", "PolynomialLR")  # beyond it the rate rises again, is 0 or an error
+_ENDS = {  # the schedules for a number of updates: the keyword that says it, and what comes beyond
+    "CosineAnnealingLR": ("T_max", "the learning rate rises again"),
+    "OneCycleLR": ("total_steps", "it has no learning rate, which ends the run"),
+    "PolynomialLR": ("total_iters", "the learning rate is 0"),
+}
 
 
 def has_end(config: ScheduleConfig | None) -> bool:
-    """Whether a schedule is for a number of steps, and no more."""
-    return config is not None and config.name in _WITH_AN_END
+    """Whether a schedule is for a number of updates, and no more."""
+    return config is not None and config.name in _ENDS
+
+
+def what_comes_after(config: ScheduleConfig | None, num_updates: int) -> str:
+    """What a person should know of a run with more updates than its schedule is for; empty where it has not."""
+    if config is None or config.name not in _ENDS:
+        return ""
+    keyword, beyond = _ENDS[config.name]
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    main = _build(torch.optim.SGD([parameter], lr=1.0), config)
+    end = config.warmup_steps + int(getattr(main, keyword))
+    if num_updates <= end:
+        return ""
+    with_warmup = f", {config.warmup_steps} of them warm-up," if config.warmup_steps else ""
+    return (
+        f"schedule: {config.name} is for {end:,} updates{with_warmup} and the run has {num_updates:,}: beyond that "
+        f"{beyond}; schedule.{keyword}={num_updates - config.warmup_steps} makes it as long as the run"
+    )
 
 
 class Schedule:
@@ -80,6 +102,15 @@ class Schedule:
         return {"steps": self._steps, "lr": [group["lr"] for group in self._optimizer.param_groups], "main": main}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, or, where it holds "steps" alone, as after so many updates."""
+        if "lr" not in state:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "Detected call of `lr_scheduler.step", UserWarning
+                )  # no update between
+                for _ in range(state["steps"]):
+                    self.step()
+            return
         self._steps = state["steps"]
         if self._main is not None:
             self._main.__dict__.update(_from_json(self._main, state["main"]))

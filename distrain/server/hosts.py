@@ -386,8 +386,13 @@ class Hosts:
         return {slice_: unpack_state(owner.state) for slice_, owner in self._owners.items()}
 
     def unpack_optimizer(self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Go on from such a state, after update `step`: here, and with owners once they join."""
+        """Go on from such a state, after update `step`: here, and with owners once they join.
+
+        Without "param_groups" the optimizer's options are those it has.
+        """
         self._step = step
+        if scalars["param_groups"] is None:
+            scalars = {**scalars, "param_groups": pack_optimizer(self._server.optimizer)[1]["param_groups"]}
         self._restored = (tensors, scalars) if self.is_sliced else None
         mine = optimizer_of(self._server.indices_in(self._server.span), tensors, scalars)
         unpack_optimizer(self._server.optimizer, *mine)

@@ -11,7 +11,7 @@ from torch import nn
 from distrain.config import OptimizerConfig, ScheduleConfig
 from distrain.errors import ConfigError
 from distrain.learning.optimizers import build_optimizer, optimizer_names
-from distrain.learning.schedules import Schedule, build_schedule, schedule_names
+from distrain.learning.schedules import Schedule, build_schedule, schedule_names, what_comes_after
 
 KEYWORDS = {
     "StepLR": {"step_size": 3},
@@ -92,6 +92,49 @@ def test_a_schedule_goes_on_exactly_from_every_position(name: str, warmup_steps:
         resumed.load_state_dict(json.loads(state))
         assert resumed.lr == rates[position]
         assert [advance(resumed, step) for step in range(position + 1, 20)] == rates[position + 1 :]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize("name", sorted(set(schedule_names()) - {"ReduceLROnPlateau"}))
+def test_a_schedule_finds_its_way_from_the_number_of_updates_alone(name: str, warmup_steps: int):
+    _, whole = schedule(name, warmup_steps)
+    for updates in range(1, 20):
+        whole.step()
+        _, other = schedule(name, warmup_steps)
+        other.load_state_dict({"steps": updates})
+        assert other.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize(
+    ("options", "length", "beyond"),
+    [
+        ({"name": "CosineAnnealingLR", "T_max": 10}, 10, "rises again"),
+        ({"name": "OneCycleLR", "max_lr": 0.1, "epochs": 3, "steps_per_epoch": 4}, 12, "ends the run"),
+        ({"name": "PolynomialLR"}, 5, "is 0"),
+    ],
+)
+def test_a_run_longer_than_its_schedule_is_told_what_comes(options: dict, length: int, beyond: str, warmup_steps: int):
+    config = ScheduleConfig(**options, warmup_steps=warmup_steps)
+    assert what_comes_after(config, length + warmup_steps) == ""
+    said = what_comes_after(config, length + warmup_steps + 1)
+    assert f"for {length + warmup_steps} updates" in said and beyond in said and f"={length + 1} makes" in said
+
+    running = build_schedule(build_optimizer(nn.Linear(2, 1), OptimizerConfig(name="SGD", lr=0.1)), config)
+    for _ in range(length + warmup_steps):
+        running.step()
+    last = running.lr
+    if beyond == "ends the run":
+        with pytest.raises(ConfigError):
+            running.step()
+    else:
+        running.step()
+        assert running.lr == 0 if beyond == "is 0" else running.lr > last
+
+
+def test_most_schedules_go_on_for_ever():
+    assert what_comes_after(ScheduleConfig(name="StepLR", step_size=3), 10**9) == ""
+    assert what_comes_after(ScheduleConfig(warmup_steps=3), 10**9) == what_comes_after(None, 10**9) == ""
 
 
 def test_warm_up_rises_linearly_to_the_rate():
