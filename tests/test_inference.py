@@ -167,6 +167,8 @@ def test_files_of_one_name_stay_apart(digits: Digits, tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_is_refused(digits: Digits, tmp_path: Path) -> None:
     data = str(digits.unlabelled)
     before = (digits.unlabelled / "a.parquet").read_bytes()
+    with pytest.raises(ConfigError, match="is a file of the data itself"):
+        predict(digits.checkpoint, f"file://{data}/a.parquet", digits.unlabelled / "a.parquet")
     for output in (digits.unlabelled, digits.unlabelled / "a.parquet"):
         with pytest.raises(ConfigError, match="is a file of the data itself"):
             predict(digits.checkpoint, data, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -188,20 +189,26 @@ def _is_constant(footers: list[pq.FileMetaData], columns: Columns) -> bool:
     """Whether the footers' statistics show one value for every feature. Looks no further than the first that varies."""
     if columns.transform is not None:
         return False
+    places = [_places(footer) for footer in footers]
     for feature in columns.features:
         value = None
-        for footer in footers:
+        for footer, place in zip(footers, places, strict=True):
             for index in range(footer.num_row_groups):
                 group = footer.row_group(index)
-                column = next(c for c in map(group.column, range(group.num_columns))
-                              if c.path_in_schema == feature or c.path_in_schema.startswith(f"{feature}."))  # fmt: skip
-                found = column.statistics
+                found = group.column(place[feature]).statistics
                 if not group.num_rows:
                     continue
                 if found is None or not found.has_min_max or found.min != found.max or value not in (None, found.min):
                     return False
                 value = found.min
     return True
+
+
+def _places(footer: pq.FileMetaData) -> dict[str, int]:
+    """Where a row group holds each column, by its name; the first leaf of a nested one."""
+    leaves = [footer.schema.column(number).path for number in range(footer.num_columns)]
+    firsts = {path.partition(".")[0]: number for number, path in reversed([*enumerate(leaves)])}
+    return firsts | {path: number for number, path in enumerate(leaves)}
 
 
 def _footer(path: str) -> pq.FileMetaData:
@@ -216,16 +223,17 @@ def _footer(path: str) -> pq.FileMetaData:
 def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool, vocabulary: int | None) -> Columns:
     """Features and labels, from the first file's schema."""
     labels = (data.label,) if isinstance(data.label, str) else tuple(data.label)
+    names = Counter(schema.names)
     if with_labels:
         for name in labels:
-            _check_there(schema, name, path, "data.label")
+            _check_there(names, name, path, "data.label")
         if data.weight is not None:
-            _check_there(schema, data.weight, path, "data.weight")
+            _check_there(names, data.weight, path, "data.weight")
             if data.weight in labels:
                 raise DataError(f"{path}: column {data.weight!r} is both the label and the weight")
     features = _features(schema, path, data, labels)
     beside = labels if data.weight is None else (*labels, data.weight)
-    kinds = {name: schema.field(name).type for name in (*features, *beside) if name in schema.names}
+    kinds = {name: schema.field(name).type for name in (*features, *beside) if name in names}
     is_list = is_image = False
     ragged = data.ragged or vocabulary is not None
     width: int | None = len(features)
@@ -300,22 +308,23 @@ def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str,
             raise DataError(f"{path}: data.features {data.features!r} matches none of the columns {_listed(others)}")
     else:
         chosen = [data.features] if isinstance(data.features, str) else list(data.features)
+    names, times = Counter(schema.names), Counter(chosen)
     for name in chosen:
-        _check_there(schema, name, path, "data.features")
+        _check_there(names, name, path, "data.features")
         if name in beside:
             raise DataError(
                 f"{path}: column {name!r} is both a feature and the {'label' if name in labels else 'weight'}"
             )
-        if chosen.count(name) > 1:
+        if times[name] > 1:
             raise DataError(f"{path}: data.features names column {name!r} more than once")
     return tuple(chosen)
 
 
-def _check_there(schema: pa.Schema, name: str, path: str, key: str) -> None:
-    count = schema.names.count(name)
+def _check_there(names: Counter[str], name: str, path: str, key: str) -> None:
+    count = names[name]
     if count == 0:
-        near = get_close_matches(name, schema.names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_listed(schema.names)}"
+        near = get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_listed([*names])}"
         raise DataError(f"{path}: no column {name!r} ({key}){hint}")
     if count > 1:
         raise DataError(f"{path}: column {name!r} is there {count} times; names must be unique")
@@ -323,8 +332,9 @@ def _check_there(schema: pa.Schema, name: str, path: str, key: str) -> None:
 
 def _compare(path: str, schema: pa.Schema, types: dict[str, str], wanted: tuple[str, ...], first: str) -> None:
     """Every file must have the columns, with the first file's types: pyarrow would fill in nulls or cast."""
+    names = Counter(schema.names)
     for name in wanted:
-        _check_there(schema, name, path, f"as in {first}")
+        _check_there(names, name, path, f"as in {first}")
         kind = type_name(schema.field(name).type)
         if kind != types[name]:
             raise DataError(f"{path}: column {name!r} is {kind}, and {types[name]} in {first}")

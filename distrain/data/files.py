@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pyarrow as pa
 from pyarrow import fs
 
+from distrain.credentials import redacted
 from distrain.errors import DataError
 
 _GLOB = frozenset("*?[")
@@ -49,11 +50,17 @@ def _find(source: str) -> list[tuple[str, int]]:
     is_glob = bool(_GLOB & set(base))
     root = _before_glob(base) if is_glob else base
     files, path = filesystem(root + question + query)
-    scheme = root.partition("://")[0] if "://" in root else ""
+    scheme, _, rest = root.partition("://") if "://" in root else ("", "", "")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if ":" in user:
+        raise DataError(
+            f"{redacted(source)}: workers on other machines would not have this password: put it into the environment "
+            "of each (for s3://: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or into its credentials file"
+        )
 
     def uri(found: str) -> str:
         # The listing gives names as they are; in a URI, spaces and such stand as %20.
-        return f"{scheme}://{quote(found, safe=_URI_SAFE)}{question}{query}" if scheme else found
+        return f"{scheme}://{user}{at}{quote(found, safe=_URI_SAFE)}{question}{query}" if scheme else found
 
     try:
         info = files.get_file_info(path)

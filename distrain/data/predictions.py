@@ -12,6 +12,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pyarrow import fs
 from torch import Tensor
 
 from distrain.data.dataset import Dataset
@@ -143,7 +144,8 @@ def target_files(dataset: Dataset, target: str | Path) -> dict[Path, list[int]]:
         others = [path.name for path in output.glob("*.parquet") if path not in targets]
         if others:
             raise ConfigError(f"{output}: holds other Parquet files ({others[0]}); name another folder")
-    inputs = {Path(filesystem(file.path)[1]).resolve() for file in dataset.files if "://" not in file.path}
+    places = [filesystem(file.path) for file in dataset.files]
+    inputs = {Path(path).resolve() for files, path in places if isinstance(files, fs.LocalFileSystem)}
     for target in targets:
         if target.resolve() in inputs:
             raise ConfigError(f"{target}: is a file of the data itself; name another output")

@@ -63,7 +63,7 @@ def focal(outputs: Tensor, label: Tensor, gamma: float = 2.0) -> Tensor:
     classes): rows that are right already count less. From logits [rows, classes] and int64 labels [rows]."""
     _check_classes("focal", outputs, label)
     log_p = functional.log_softmax(outputs, dim=1).gather(1, label[:, None])[:, 0]
-    return -(-torch.expm1(log_p)).clamp(min=0.0).pow(gamma) * log_p
+    return -_least(-torch.expm1(log_p)).pow(gamma) * log_p
 
 
 def binary_cross_entropy(outputs: Tensor, label: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -80,7 +80,12 @@ def binary_focal(outputs: Tensor, label: Tensor, gamma: float = 2.0) -> Tensor:
     logits, target = align(outputs, label), label.to(outputs.dtype)
     cross = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wrong = torch.sigmoid(logits) * (1 - target) + torch.sigmoid(-logits) * target  # 1 - p_t, without cancellation
-    return _rows(wrong.pow(gamma) * cross)
+    return _rows(_least(wrong).pow(gamma) * cross)
+
+
+def _least(wrong: Tensor) -> Tensor:
+    """A probability as what it is raised to a power of, whose derivative at 0 is infinite below a power of 1."""
+    return wrong.clamp(min=torch.finfo(wrong.dtype).tiny)
 
 
 def _check_classes(name: str, outputs: Tensor, label: Tensor) -> None:

@@ -39,13 +39,15 @@ class Metrics:
         if self._kind == "numbers":
             target = label.to(torch.float64)
             error = align(outputs, label).to(torch.float64) - target
-            totals = (error.abs(), error.square(), target, target.square())
+            spread = target if target.numel() == len(target) else torch.zeros(())  # several labels: see `combine`
+            totals = (error.abs(), error.square(), spread, spread.square())
             return [*(float(values.sum()) for values in totals), float(target.numel())]
         return [float(len(label))]
 
     def combine(self, sums: list[float]) -> dict[str, float]:
         """The metrics over everything that was summed. R^2 = 1 - sum of squared errors / sum of squares about the
-        mean; left out where the label is constant, as far as sums in float64 can tell."""
+        mean; left out where the label is constant, as far as sums in float64 can tell, and where there are several
+        labels, each of which has a mean of its own."""
         if self._kind in ("classes", "binary"):
             return {"accuracy": sums[0] / sums[1]}
         if self._kind == "numbers":

@@ -58,7 +58,8 @@ class TextTransformer(nn.Module):
         self.head = _head(config, num_outputs)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.embedding(features) + positions(features.shape[1], self.embedding.embedding_dim)
+        hidden = self.embedding(features)
+        hidden = hidden + positions(features.shape[1], self.embedding.embedding_dim).to(hidden.device)
         # A row without tokens attends to its padding, since a softmax over nothing is not a number.
         padding = ~mask & mask.any(1, keepdim=True)
         for layer in self.layers:

@@ -120,6 +120,8 @@ def _check(
     """Compare directional derivatives along random directions and single entries."""
     if gradient is None:
         gradient = torch.zeros_like(value)
+    if not gradient.isfinite().all():
+        return Checked(name, tuple(value.shape), None, math.inf, (), WRONG, "the gradient is not finite")
     directions: list[tuple[Tensor, tuple[int, ...]]] = []
     for _ in range(_DIRECTIONS):
         direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
@@ -138,7 +140,7 @@ def _check(
         reverse = float((gradient * direction).sum())
         size = max(abs(reverse), 1e-3 * scale)
         central, kink = _central(name, value, direction, loss, size, tolerance)
-        difference = abs(reverse - central) / max(size, abs(central))
+        difference = _finite(abs(reverse - central) / max(size, abs(central)))
         kinks += kink
         if not kink:
             worst = max(worst, difference)
@@ -150,13 +152,17 @@ def _check(
             except Exception as error:  # whatever an operation without forward mode raises
                 note = f"no forward mode: {str(error).splitlines()[0][:120]}"
             else:
-                off = abs(reverse - forward_mode) / max(size, abs(forward_mode))
+                off = _finite(abs(reverse - forward_mode) / max(size, abs(forward_mode)))
                 worst_forward = max(worst_forward or 0.0, off)
-    if max(worst, worst_forward or 0.0) > tolerance or math.isnan(worst):
-        verdict = WRONG
-    else:
-        verdict = KINK if kinks == len(directions) else RIGHT
+    if max(worst, worst_forward or 0.0) > tolerance:
+        return Checked(name, tuple(value.shape), worst_forward, worst, where, WRONG, note)
+    verdict = KINK if kinks == len(directions) else RIGHT
     return Checked(name, tuple(value.shape), worst_forward, worst, where, verdict, note)
+
+
+def _finite(difference: float) -> float:
+    """What is not a number differs as much as can be: `max` would pass it over."""
+    return math.inf if math.isnan(difference) else difference
 
 
 def _central(

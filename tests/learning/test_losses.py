@@ -31,7 +31,8 @@ def test_losses_over_classes_are_their_formulas():
     softmax = np.exp(OUTPUTS) / np.exp(OUTPUTS).sum(1, keepdims=True)
     p = softmax[range(3), CLASSES]
     np.testing.assert_allclose(per_sample("cross_entropy", OUTPUTS, CLASSES), -np.log(p), rtol=1e-5)
-    for gamma in (0.5, 2.0, 5.0):
+    assert LossConfig(name="focal", gamma=0).options == {"gamma": 0.0} and LossConfig(name="focal").options == {}
+    for gamma in (0.0, 0.5, 2.0, 5.0):
         expected = -((1 - p) ** gamma) * np.log(p)
         np.testing.assert_allclose(per_sample("focal", OUTPUTS, CLASSES, gamma=gamma), expected, rtol=1e-5)
     np.testing.assert_allclose(per_sample("focal", OUTPUTS, CLASSES), -((1 - p) ** 2) * np.log(p), rtol=1e-5)
@@ -110,11 +111,13 @@ def test_microbatches_of_unequal_size_add_up(sizes: list[int], name: str, weight
 
 
 @pytest.mark.parametrize("name", [*CATEGORICAL, *BINARY])
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extreme_logits_give_finite_losses_and_gradients(name: str, size: float):
+@pytest.mark.parametrize("size", [20.0, 95.0, 1e4, -1e4])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_extreme_logits_give_finite_losses_and_gradients(name: str, size: float, gamma: float):
     outputs = torch.tensor([[size, -size], [-size, size]], requires_grad=True)
     label = torch.tensor([0, 1]) if name in CATEGORICAL else torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    loss = build_loss(name).per_sample(outputs, label)
+    options = {"gamma": gamma} if "focal" in name else {}
+    loss = build_loss(name, **options).per_sample(outputs, label)
     loss.sum().backward()
     assert loss.isfinite().all() and outputs.grad is not None and outputs.grad.isfinite().all()
 
@@ -123,6 +126,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(name: str, size: float)
     ("options", "said"),
     [
         ({"name": "mse", "gamma": 2}, "gamma goes with focal, binary_focal, not with mse"),
+        ({"name": "mse", "gamma": 0}, "gamma goes with focal, binary_focal, not with mse"),
         ({"name": "focal", "label_smoothing": 0.1}, "label_smoothing goes with cross_entropy, binary_cross_entropy"),
         ({"name": "cross_entropy", "class_weights": [0, 0]}, "class_weights are all 0"),
         ({"name": "cross_entropi"}, "did you mean cross_entropy"),

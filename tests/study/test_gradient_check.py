@@ -59,6 +59,23 @@ class Wrong(nn.Module):
         return self.last(torch.tanh(Doubled.apply(self.first(features))))
 
 
+class Half(nn.Module):
+    """Finite forwards, and NaN backwards: the square root's infinite derivative times where's 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs = self.last(features)
+        return torch.where(outputs > 1e9, (outputs - outputs).sqrt(), outputs)
+
+
+def test_a_gradient_that_is_not_finite_is_wrong():
+    found = check_task(task(Half()), batch(), seed=0)
+    assert {(each.verdict, each.note) for each in found} == {(WRONG, "the gradient is not finite")}
+
+
 def test_a_wrong_backward_is_found_and_its_parameter_named():
     torch.manual_seed(0)
     found = {each.name: each for each in check_task(task(Wrong()), batch(), seed=0)}
