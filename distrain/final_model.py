@@ -44,7 +44,8 @@ def _first_rows(source: Source) -> Batch:
 def _described(example: Batch, source: Source) -> list[ModelInput]:
     columns = source.dataset.columns
     kinds = dict(columns.types)
-    features = tuple((name, kinds[name]) for name in columns.features)
+    # A transform makes its inputs from any columns: each is a column of its own in the model's signature.
+    features = tuple((name, kinds[name]) for name in columns.features if columns.transform is None)
     form: Literal["dense", "ragged", "image"] = "dense"
     if columns.ragged:
         form = "ragged"

@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from distrain.tracking.description import DatasetDescription, ModelInput, RunDes
 from distrain.tracking.export import export_model
 from distrain.tracking.local import database_folder
 from distrain.tracking.logged_model import mlflow_type, save_model
-from distrain.tracking.thinning import Point
+from distrain.tracking.thinning import Point, legal
 
 _MAX_PARAM_CHARS = 6000
 _DIGEST_CHARS = 16  # MLflow allows 36 and shows them all; the profile has the whole
@@ -80,7 +81,13 @@ class MlflowRun:
                 client.update_run(description.resume_run_id, status="RUNNING")
                 run = client.get_run(description.resume_run_id)
             opened = cls(client, run)
-            opened._describe(description, run)
+            try:
+                opened._describe(description, run)
+            except Exception:
+                if description.resume_run_id is None:  # the next try makes another one
+                    with suppress(Exception):
+                        client.delete_run(run.info.run_id)
+                raise
         except TrackingError:
             raise
         except Exception as error:
@@ -90,7 +97,7 @@ class MlflowRun:
     def _describe(self, description: RunDescription, before: Run) -> None:
         sha256, config_name = description.config_sha256, "config.yaml"
         tags = {**description.tags, "distrain.version": __version__, "distrain.config_sha256": sha256}
-        params = {key: str(value)[:_MAX_PARAM_CHARS] for key, value in description.params.items()}
+        params = {legal(key): str(value)[:_MAX_PARAM_CHARS] for key, value in description.params.items()}
         if description.resume_run_id is not None:
             # MLflow refuses to change a param, and the first configuration is worth keeping too.
             logged = before.data.params
@@ -244,10 +251,17 @@ def _find_run(client: MlflowClient, experiment: str, reference: str) -> Run:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether trying again is useless: the store is there and says no."""
+    """Whether trying again is useless: the store is there and says no, or what it was given could not be made."""
     codes = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST",
              "INVALID_STATE", "PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # fmt: skip
-    return isinstance(error, MlflowException) and error.error_code in codes
+    if isinstance(error, MlflowException):
+        return error.error_code in codes
+    return isinstance(error, TypeError | LookupError | AttributeError)
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether the store found fault with what it was given."""
+    return isinstance(error, MlflowException) and error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 def first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from distrain.step_sums import StepSums
 
 _MEAN_MS = 500
 _SHARE = 0.01  # of the time since the first step: so long may a mean be that is to look like a point on the curve
+_ILLEGAL = re.compile(r"[^\w.\- /]")
+_MAX_KEY_CHARS = 250
 _MAX_WAITING = 20_000  # groups not yet drained; beyond, neighbours are merged
 
 
@@ -65,10 +68,15 @@ def step_learning_points(steps: StepSums) -> list[Point]:
     return _points(values, steps)
 
 
+def legal(key: str) -> str:
+    """The name of a metric or param as MLflow takes it."""
+    return _ILLEGAL.sub("_", key)[:_MAX_KEY_CHARS]
+
+
 def layer_points(record: StepRecord) -> list[Point]:
     """What was seen of each layer, at this very step."""
     values = {
-        f"layer/{layer.name}/{name}": value
+        legal(f"layer/{layer.name}/{name}"): value
         for layer in record.layers
         for name in ("grad_norm", "update_ratio", "activation_norm", "dead_share")
         if (value := getattr(layer, name)) is not None

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from distrain.figures import loss_curve, staleness_histogram
 from distrain.tracking.inbox import Inbox, Job
 from distrain.tracking.spool import Spool
-from distrain.tracking.store import MlflowRun, first_line, is_permanent
+from distrain.tracking.store import MlflowRun, first_line, is_permanent, is_refused
 from distrain.tracking.thinning import Point
 
 _RETRY_S = 15.0  # between attempts to reach a store that went away
@@ -29,10 +29,11 @@ class Writer:
         self._jobs: list[Job] = []
         self._event_text, self._has_unwritten_events, self._events_at = "", False, 0.0
         self._refused = 0  # pushes
+        self._refused_keys: set[str] = set()  # which MLflow does not take
         self._is_away, self._retry_at = False, 0.0
         self._last_step = self._last_validation = 0
         if resumed:
-            self._spool.deliver(run.log_points)  # of a process before this one
+            self._spool.deliver(self._log)  # of a process before this one
             self._last_step, self._last_validation = run.last_step("train/loss"), run.last_step("val/loss")
             self._event_text = run.read_text("events.txt")
 
@@ -77,13 +78,28 @@ class Writer:
         """Store points, behind those that wait. Raises when the store is away; all wait then."""
         if self._spool:
             self._keep(points)
-            self._spool.deliver(self._run.log_points)
+            self._spool.deliver(self._log)
             return
         try:
-            self._run.log_points(points)
+            self._log(points)
         except Exception:
             self._keep(points)
             raise
+
+    def _log(self, points: list[Point]) -> None:
+        """Store points. One that the store finds fault with costs no other."""
+        try:
+            self._run.log_points(points)
+        except Exception as error:
+            if not is_refused(error) or not points:
+                raise
+            if len(points) > 1:
+                middle = len(points) // 2
+                self._log(points[:middle])
+                self._log(points[middle:])
+            elif points[0].key not in self._refused_keys:
+                self._refused_keys.add(points[0].key)
+                self._notify(f"MLflow did not take {points[0].key}: {first_line(error)}")
 
     def _keep(self, points: list[Point]) -> None:
         try:

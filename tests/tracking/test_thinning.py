@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.utils.validation import validate_param_and_metric_name
 
-from distrain.tracking.thinning import Thinner, validation_points
+from distrain.records import LayerLook
+from distrain.tracking.thinning import Thinner, layer_points, validation_points
 from tests.support.records import START_MS, step, validation
 
 LEARNING = {"train/loss", "train/grad_norm", "train/lr"}
@@ -82,6 +85,14 @@ def test_a_value_that_is_not_finite_becomes_nan():
     assert math.isnan(dict(curve(points, "train/loss"))[1])
     assert math.isnan(dict(curve(points, "train/grad_norm"))[1])
     assert math.isnan(validation_points(validation(1, loss=math.inf))[0].value)
+
+
+def test_any_name_of_a_layer_is_one_that_mlflow_takes():
+    name = "columns.sepal length (cm) é" + "x" * 300
+    layers = (LayerLook(name, "Linear", 1.0, 9, 1.0, None, None, None),)
+    [point] = layer_points(replace(step(1), layers=layers))
+    assert point.key.startswith("layer/columns.sepal length _cm_ é") and len(point.key) == 250
+    assert validate_param_and_metric_name(point.key)
 
 
 def test_what_nobody_takes_is_merged_and_not_lost():

@@ -12,6 +12,7 @@ from distrain.records import Event
 from distrain.tracking import writer as writing
 from distrain.tracking.inbox import Inbox
 from distrain.tracking.spool import Spool
+from distrain.tracking.thinning import Point
 from distrain.tracking.writer import Writer
 from tests.support.records import START_MS, step, validation
 
@@ -31,6 +32,8 @@ class MemoryRun:
 
     def log_points(self, points):
         self._reach()
+        if any(point.key == "refused" for point in points):
+            raise MlflowException("bad name", INVALID_PARAMETER_VALUE)
         self.points += points
 
     def log_text(self, name, text):
@@ -182,6 +185,21 @@ def test_what_the_store_refuses_is_said_and_holds_nothing_up(bench):
     assert bench.writer.end("FINISHED")
     assert bench.run.tags == {"b": "fine"}
     assert bench.notes == ["MLflow did not take tag a: bad tag"]
+
+
+def test_a_point_that_the_store_refuses_costs_no_other(bench):
+    bench.steps(1, 6)
+    bench.inbox.take_points = lambda *_, take=bench.inbox.take_points: [*take(*_), Point("refused", 1.0, 0, 5)]
+    bench.writer.deliver()
+    assert bench.writer.end("FINISHED")
+    assert bench.losses == [1, 2, 3, 4, 5] and bench.run.status == "FINISHED"
+    assert bench.notes == ["MLflow did not take refused: bad name"]
+
+
+def test_what_cannot_be_made_is_said_and_holds_nothing_up(bench):
+    bench.inbox.job("the model", lambda run: {}["features"])
+    assert bench.writer.end("FINISHED")
+    assert bench.notes == ["MLflow did not take the model: 'features'"] and bench.run.status == "FINISHED"
 
 
 def test_a_file_that_cannot_be_written_loses_points_but_not_the_run(tmp_path, at_once):
