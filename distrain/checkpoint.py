@@ -39,6 +39,7 @@ FREE_KEYS = (
 )  # fmt: skip
 _NOT_FREE = ("workers.precision",)
 _LEARNING_RATE = ("optimizer.", "schedule.")  # the sections that say it
+_STEP_ROWS = ("batch_size", "data.train")  # what scale_lr goes by; full batches have all rows
 _KEEP_MOMENTS = {f"optimizer.{key}" for key in ("lr", "scale_lr", "base_batch_size", "betas", "eps")}
 
 _CHUNK_BYTES = 1 << 20
@@ -207,6 +208,12 @@ def find(reference: str | Place, root: str | Place = "checkpoints") -> Found:
     raise CheckpointError(f"{reference}: no such checkpoint, run or MLflow run id under {root}{hint}")
 
 
+def is_superseded(path: Place) -> bool:
+    """Whether the run of a good checkpoint has a later good one."""
+    others = _checkpoints(path.parent)
+    return path in others[1:] and newest_valid(path.parent).path != path
+
+
 def newest_valid(run: Place) -> Found:
     """Return the newest checkpoint of a run's folder that verifies; a warning is logged for each passed over.
 
@@ -334,6 +341,24 @@ def differences(
     }
 
 
+def as_overrides(config: Mapping[str, Any], keys: Collection[str]) -> list[str]:
+    """The command line's settings that give these dotted keys what they have in `config`, nested.
+
+    A whole section is given where it has lost a key.
+    """
+    settings: dict[tuple[str, ...], Any] = {}
+    for key in keys:
+        value: Any = config
+        path: tuple[str, ...] = ()
+        for name in key.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                break
+            value, path = value[name], (*path, name)
+        settings[path] = value
+    outer = [path for path in settings if not any(path[:depth] in settings for depth in range(1, len(path)))]
+    return [f"{'.'.join(path)}={json.dumps(settings[path])}" for path in outer]
+
+
 def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[str]:
     """Have a run that goes on from this checkpoint follow the `changed` keys, of `differences`.
 
@@ -344,7 +369,7 @@ def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[s
     state = manifest["state"]
     state["agenda"] = {"epoch": manifest["epoch"]}
     is_scaled = manifest["config"]["optimizer"].get("base_batch_size") is not None
-    if not any(key.startswith(_LEARNING_RATE) or (key == "batch_size" and is_scaled) for key in changed):
+    if not any(key.startswith(_LEARNING_RATE) or (is_scaled and key in _STEP_ROWS) for key in changed):
         return []
     state["schedule"] = {"steps": state["schedule"]["steps"]}
     state["optimizer"]["param_groups"] = None

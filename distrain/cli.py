@@ -94,7 +94,7 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path | None, as_json
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer.begin(loaded, make_progress(), _BEGAN).fit().to_json(), as_json)
+    _print_result(Trainer(loaded, make_progress(), began=_BEGAN).fit().to_json(), as_json)
 
 
 @main.command()
@@ -412,11 +412,13 @@ def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: 
 
     The current folder travels along (without Parquet files and checkpoints), so that CONFIG and your modules are there.
     """
+    if name is not None:
+        overrides += (f"tracking.run_name={json.dumps(name)}", "resume=auto")
     _load(config, overrides)  # what is wrong with it is better said here than by the job
     from distrain.jobs import Jobs
 
     jobs = Jobs(address)
-    job_id = jobs.submit(config, overrides, name)
+    job_id = jobs.submit(config, overrides)
     if no_wait:
         click.echo(job_id)
         return

@@ -133,6 +133,17 @@ class DataConfig(_Section):
 
 
 ModelName = Literal["linear", "logistic", "mlp", "cnn", "text"]
+_LAYERED = ("mlp", "cnn", "text")
+_MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
+    "hidden": _LAYERED,
+    "activation": _LAYERED,
+    "dropout": _LAYERED,
+    "normalization": _LAYERED,
+    "initialization": ("linear", "logistic", *_LAYERED),
+    **dict.fromkeys(("image_shape", "channels", "kernel_size"), ("cnn",)),
+    **dict.fromkeys(("vocabulary", "encoder", "embedding", "layers", "heads"), ("text",)),
+}
+_ENCODER_OPTIONS = dict.fromkeys(("layers", "heads"), ("transformer",))
 
 
 class ModelConfig(_Section):
@@ -183,11 +194,12 @@ class ModelConfig(_Section):
         return _name_or_factory(value)
 
     @model_validator(mode="after")
-    def _text_has_a_vocabulary(self) -> ModelConfig:
+    def _options_fit(self) -> ModelConfig:
+        _check_options(self, _MODEL_OPTIONS, self.name)
+        if self.name == "text":
+            _check_options(self, _ENCODER_OPTIONS, self.encoder)
         if self.name == "text" and self.vocabulary is None:
             raise ValueError("text needs vocabulary: the number of token ids")
-        if self.name != "text" and self.vocabulary is not None:
-            raise ValueError(f"vocabulary goes with name: text, not with {self.name or 'a factory'}")
         if self.name == "text" and self.encoder == "transformer" and self.embedding % self.heads:
             raise ValueError(f"embedding is {self.embedding}, no multiple of the {self.heads} heads")
         return self
@@ -232,9 +244,7 @@ class LossConfig(_Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> LossConfig:
-        for key, names in _LOSS_OPTIONS.items():
-            if getattr(self, key) and self.name not in names:
-                raise ValueError(f"{key} goes with {', '.join(names)}, not with {self.name or 'a factory'}")
+        _check_options(self, _LOSS_OPTIONS, self.name)
         if isinstance(self.class_weights, list) and not sum(self.class_weights):
             raise ValueError("class_weights are all 0: no row would count")
         return self
@@ -242,7 +252,8 @@ class LossConfig(_Section):
     @property
     def options(self) -> dict[str, float]:
         """The keywords of the loss's function that are set."""
-        return {key: value for key in ("gamma", "delta", "label_smoothing") if (value := getattr(self, key))}
+        keys = ("gamma", "delta", "label_smoothing")
+        return {key: value for key in keys if (value := getattr(self, key)) != type(self).model_fields[key].default}
 
     @property
     def kind(self) -> str | None:
@@ -250,6 +261,13 @@ class LossConfig(_Section):
         if self.factory is not None or self.name is None:
             return None
         return "classes" if self.name in CATEGORICAL else "binary" if self.name in BINARY else "numbers"
+
+
+def _check_options(section: _Section, options: Mapping[str, Sequence[str]], name: str | None) -> None:
+    """Raise where an option is set that what is called `name` has not. `options` say what has each."""
+    for key, names in options.items():
+        if getattr(section, key) != type(section).model_fields[key].default and name not in names:
+            raise ValueError(f"{key} goes with {', '.join(names)}, not with {name or 'a factory'}")
 
 
 def _name_or_factory(value: Any) -> Any:
@@ -546,6 +564,7 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
+        schedule = self.schedule.name if self.schedule is not None else None
         is_free = self.server.mode == "async" or self.server.quorum is not None
         if is_free and self.batch_size != "full" and self.resolved_shards > self.batch_size:
             raise ValueError(
@@ -565,14 +584,16 @@ class TrainConfig(_Section):
                 ("target", self.target),
                 ("validation.every_steps", self.validation.every_steps),
                 ("restarts", self.restarts),
+                ("schedule: ReduceLROnPlateau", schedule if schedule == "ReduceLROnPlateau" else None),
             ):
                 if value is not None:
                     raise ValueError(f"{key} needs data.validation")
         if self.resume == "auto" and self.tracking.run_name is None:
             raise ValueError("resume: auto needs tracking.run_name, by which the run is found again")
-        schedule = self.schedule.name if self.schedule is not None else None
         if self.optimizer.scale_lr != "none" and schedule in ("OneCycleLR", "CyclicLR"):
             raise ValueError(f"optimizer.scale_lr scales optimizer.lr, and {schedule} goes by its own max_lr")
+        if self.restarts is not None and self.tracking.registered_model_name is not None:
+            raise ValueError("restarts: each would register its model; register the best one's in MLflow, by its run")
         if self.model.name == "logistic" and self.loss.kind == "numbers":
             raise ValueError(
                 f"model: logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "

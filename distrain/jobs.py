@@ -70,23 +70,21 @@ class Jobs:
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # RAY_AUTH_MODE unset, and there is one
             self._client = JobSubmissionClient(self.address)
 
-    def submit(self, path: Path, overrides: Sequence[str], name: str | None = None) -> str:
+    def submit(self, path: Path, overrides: Sequence[str]) -> str:
         """Submit a training, and return the job's id.
 
         The current folder travels along, without data and checkpoints, so that the configuration and the user's modules
         are there. The job runs in a copy of it, and takes relative paths from the folder itself: they have to mean the
         same on the cluster. Where it tracks and keeps checkpoints is the cluster's to say (MLFLOW_TRACKING_URI,
-        DISTRAIN_CHECKPOINT_DIR) unless the configuration does. With a `name`, a job submitted again goes on where the
-        one before it ended.
+        DISTRAIN_CHECKPOINT_DIR) unless the configuration does.
         """
         here = Path.cwd()
         if not path.resolve().is_relative_to(here.resolve()):
             raise ConfigError(
                 f"{path}: the configuration must be in the current folder, {here}, which travels with the job"
             )
-        settings = [*overrides, *([f"tracking.run_name={name}", "resume=auto"] if name is not None else [])]
         config = str(path.resolve().relative_to(here.resolve()))
-        command = ["python", "-m", "distrain.cli", "train", config, "--folder", str(here), *settings]
+        command = ["python", "-m", "distrain.cli", "train", config, "--folder", str(here), *overrides]
         environment = {
             "working_dir": str(here),
             "excludes": _EXCLUDES,

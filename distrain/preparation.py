@@ -81,7 +81,8 @@ def check_own_code(preparation: Preparation) -> None:
 
 
 def _check_metrics(config: TrainConfig) -> None:
-    names = ("loss", *Metrics(config.loss).names)
+    has_one_label = isinstance(config.data.label, str) or len(config.data.label) == 1
+    names = ("loss", *(name for name in Metrics(config.loss).names if has_one_label or name != "r2"))
     for key, rule in (("early_stopping", config.early_stopping), ("target", config.target)):
         if rule is not None and rule.metric not in names:
             raise ConfigError(

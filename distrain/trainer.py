@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,10 +20,12 @@ from distrain.checkpoint import (
     Checkpoint,
     CheckpointStore,
     Snapshot,
+    as_overrides,
     differences,
     find,
     follow_changes,
     has_checkpoints,
+    is_superseded,
     load,
 )
 from distrain.checkpoint_writer import CheckpointWriter
@@ -34,7 +37,7 @@ from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLos
 from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
-from distrain.learning.schedules import has_end, what_comes_after
+from distrain.learning.schedules import has_end, rate_of_its_own, what_comes_after
 from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
@@ -84,7 +87,8 @@ class Result:
 class Trainer:
     """Runs one training on a Ray cluster: `Trainer(TrainConfig(...)).fit()`.
 
-    `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from. `began` is the Unix
+    `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from; without one, and with
+    `resume: auto`, the last good one of the run of that name, if there is one. `began` is the Unix
     time in seconds from which the result counts (default: now); the command line gives its own start. `tags` are
     further ones of the MLflow run.
     """
@@ -99,13 +103,19 @@ class Trainer:
     ) -> None:
         if config.restarts is not None:
             raise ConfigError("restarts are several runs: distrain train does them, or distrain.study.restarts")
+        is_auto = checkpoint is None and config.resume == "auto"
+        if is_auto and has_checkpoints(place(config.checkpoint.dir) / (config.tracking.run_name or "")):
+            checkpoint = load(find(place(config.checkpoint.dir) / (config.tracking.run_name or "")).path)
+        if checkpoint is not None and config.shards is None:
+            config = config.changed([f"shards={checkpoint.manifest['config']['shards']}"])
         self.config = config
         self._tags = dict(tags or {})
         self._began = time.time() if began is None else began
         self._progress = progress or SilentProgress()
         self._checkpoint = checkpoint
         self._anyway = False  # resume although what decides the result has changed
-        self._remedy = "with --anyway it goes on from these weights, and begins the epoch under way again"
+        self._is_auto = is_auto
+        self._is_branch = checkpoint is not None and is_superseded(checkpoint.path)
         self._stop_reason: str | None = None
         self._step = checkpoint.manifest["step"] if checkpoint is not None else 0  # the furthest one told of
         self._validated_step = self._step
@@ -121,6 +131,8 @@ class Trainer:
         self._mirrors: dict[str, Mirror] = {}  # local copies of files that are kept elsewhere, by name
         self._series: RunSeries | None = None  # for Prometheus, on a cluster that outlives the run
         self.run_name = self._run_name()
+        if is_auto and checkpoint is not None:
+            self._check_resumable(checkpoint, {})
 
     @classmethod
     def resume(
@@ -134,8 +146,9 @@ class Trainer:
     ) -> Trainer:
         """Go on from a checkpoint: a checkpoint's folder, a run's folder, its name, or its MLflow run id.
 
-        Raises CheckpointError when there is none, it is damaged, or what decides the result has changed: data, or keys
-        that `overrides` set. With `anyway` that is only said, and the epoch under way begins again.
+        From one that is not the run's last, it goes on as another run: the later ones stay. Raises CheckpointError when
+        there is none, it is damaged, or what decides the result has changed: data, or keys that `overrides` set. With
+        `anyway` that is only said, and the epoch under way begins again.
         """
         found = find(reference, root)
         checkpoint = load(found.path)
@@ -145,26 +158,19 @@ class Trainer:
             raise CheckpointError(
                 f"a checkpoint does not hold passwords: {', '.join(keys)} had one. Give it again: {keys[0]}=..."
             )
+        stays = TrainConfig.from_mapping(before)
+        for key, was, now in (
+            ("checkpoint.dir", stays.checkpoint.dir, config.checkpoint.dir),
+            ("tracking.run_name", stays.tracking.run_name, config.tracking.run_name),
+            ("tracking.experiment", stays.tracking.experiment, config.tracking.experiment),
+        ):
+            if now != was:
+                raise CheckpointError(
+                    f"{key}: {now!r}, and a resumed run keeps its name, its folder and its place in MLflow. To go on "
+                    f"elsewhere, copy {found.path.parent} there and resume the copy"
+                )
         trainer = cls(config, progress, checkpoint, began)
         trainer._anyway = anyway
-        trainer._check_resumable(checkpoint, {})
-        return trainer
-
-    @classmethod
-    def begin(cls, config: TrainConfig, progress: Progress | None = None, began: float | None = None) -> Trainer:
-        """A run from its beginning, or, with `resume: auto`, from the last good checkpoint of the run of its name.
-
-        Raises CheckpointError as `resume` does.
-        """
-        folder = place(config.checkpoint.dir) / (config.tracking.run_name or "")
-        if config.resume != "auto" or not has_checkpoints(folder):
-            return cls(config, progress, None, began)
-        checkpoint = load(find(folder).path)
-        trainer = cls(config, progress, checkpoint, began)
-        trainer._remedy = (
-            f"resume: auto goes on with {folder}: give another tracking.run_name to begin a run, or go on from these "
-            f"weights with: distrain resume {folder} --anyway"
-        )
         trainer._check_resumable(checkpoint, {})
         return trainer
 
@@ -197,6 +203,12 @@ class Trainer:
         self._progress.phase("reading footers")
         preparation = prepare(config)
         check_own_code(preparation)
+        if self._is_branch and self._checkpoint is not None:
+            begins = self._checkpoint.path
+            self._progress.note(
+                f"{begins.parent} holds later checkpoints, which stay: from {begins.name} on this is a run of its own, "
+                f"{self.run_name}"
+            )
         if self._checkpoint is not None:
             changed = self._check_resumable(self._checkpoint, preparation.fingerprints)
             for line in changed.values():
@@ -204,6 +216,8 @@ class Trainer:
             if changed:
                 for line in follow_changes(self._checkpoint.manifest, changed):
                     self._progress.note(line)
+            if "optimizer.lr" in changed and (keyword := rate_of_its_own(config.schedule)):
+                self._progress.note(f"optimizer.lr counts for nothing: the schedule goes by its own {keyword}")
             self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
@@ -244,9 +258,19 @@ class Trainer:
         if changed and not self._anyway:
             lines = "\n".join(f"  {line}" for line in changed.values())
             raise CheckpointError(
-                f"the run cannot be resumed as it was, since this decides its result:\n{lines}\n{self._remedy}"
+                f"the run cannot be resumed as it was, since this decides its result:\n{lines}\n{self._remedy(changed)}"
             )
         return changed
+
+    def _remedy(self, changed: Collection[str]) -> str:
+        """How to go on although these keys have changed."""
+        if not self._is_auto:
+            return "with --anyway it goes on from these weights, and begins the epoch under way again"
+        settings = " ".join(shlex.quote(each) for each in as_overrides(self.config.to_mapping(), changed))
+        return (
+            f"resume: auto goes on with {self._folder}: give another tracking.run_name to begin a run, or go on from "
+            f"these weights with: distrain resume {self._folder} {settings} --anyway"
+        )
 
     def _note_other_bits(self, checkpoint: Checkpoint) -> None:
         """Say where the weights will not be the same to the bit as those of the run without the break."""
@@ -305,7 +329,7 @@ class Trainer:
         is_started = False
         while True:
             try:
-                crew.start(restored)
+                crew.start(restored, self._seconds_left)
                 ready = crew.await_server(lambda: self._stop_reason is not None)
                 if ready is None:
                     raise _StoppedEarly
@@ -326,6 +350,13 @@ class Trainer:
         if writer.last_error is not None:
             raise writer.last_error
         return outcome
+
+    @property
+    def _seconds_left(self) -> float | None:
+        """Of max_seconds: what a server still has that takes over from one before it."""
+        if self.config.max_seconds is None or not self._first_step_ms:
+            return self.config.max_seconds
+        return max(self.config.max_seconds - (time.time() - self._first_step_ms / 1000), 0.0)
 
     def _watch(self, crew: Crew, writer: CheckpointWriter, tracker: Tracker) -> Outcome:
         """Have the crew train, and pass on what it reports, until the run is over."""
@@ -405,7 +436,9 @@ class Trainer:
         except CheckpointError as error:
             self._progress.note(error.message)
             found, damaged = None, store.count
-        checkpoint = load(found.path) if found is not None else self._checkpoint
+        checkpoint = self._checkpoint
+        if found is not None and (checkpoint is None or found.path != checkpoint.path):
+            checkpoint = load(found.path)
         self._written = checkpoint.path if checkpoint is not None else None
         restored = self._restored(checkpoint)
         step = restored.step if restored is not None else 0
@@ -422,7 +455,7 @@ class Trainer:
         loop = LoopSettings(
             epochs=config.epochs,
             max_steps=config.max_steps,
-            max_s=config.max_seconds,
+            max_s=None,  # each server's own
             checkpoint_every_steps=config.checkpoint.every_steps,
             checkpoint_every_s=config.checkpoint.every_seconds,
             validation_every_steps=config.validation.every_steps,
@@ -463,11 +496,12 @@ class Trainer:
 
     def _run_name(self) -> str:
         """The run's name: its checkpoints' folder is called so."""
-        if self._checkpoint is not None:
-            return str(self._checkpoint.manifest["run_name"])
-        name = self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        name = str(self._checkpoint.manifest["run_name"]) if self._checkpoint is not None else None
+        if name is not None and not self._is_branch:
+            return name
+        name = name or self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         unique, number = name, 2
-        while (place(self.config.checkpoint.dir) / unique).exists():
+        while (self._root / unique).exists():
             unique, number = f"{name}-{number}", number + 1
         return unique
 
@@ -522,9 +556,16 @@ class Trainer:
     @property
     def _folder(self) -> Place:
         """The run's checkpoints."""
-        if self._checkpoint is not None:
+        if self._checkpoint is not None and not self._is_branch:
             return self._checkpoint.path.parent
-        return place(self.config.checkpoint.dir) / self.run_name
+        return self._root / self.run_name
+
+    @property
+    def _root(self) -> Place:
+        """Where this run's folder is, among others."""
+        if self._checkpoint is not None:
+            return self._checkpoint.path.parent.parent
+        return place(self.config.checkpoint.dir)
 
     def _description(self, preparation: Preparation) -> RunDescription:
         config = self.config
@@ -534,7 +575,7 @@ class Trainer:
         resumed_run = None
         if self._checkpoint is not None:
             tags["distrain.resumed_from"] = str(self._checkpoint.path)
-            resumed_run = self._checkpoint.manifest["mlflow_run_id"]
+            resumed_run = None if self._is_branch else self._checkpoint.manifest["mlflow_run_id"]
         sources = [("training", preparation.train), ("validation", preparation.validation)]
         datasets = tuple(
             DatasetDescription(

@@ -50,7 +50,7 @@ def distrain(folder: Path, checkpoint_steps: int, timeout_s: float) -> None:
         "tracking={enabled: false, run_name: run}", "resume=auto", f"epochs={FOR_EVER}", "schedule=null",
         f"checkpoint={{dir: {folder}, every_steps: {checkpoint_steps}}}", f"workers.timeout_seconds={timeout_s}",
     ]  # fmt: skip
-    Trainer.begin(load_config(ROOT / "jobs" / "digits.yaml", settings), Log(folder / "steps")).fit()
+    Trainer(load_config(ROOT / "jobs" / "digits.yaml", settings), Log(folder / "steps")).fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:

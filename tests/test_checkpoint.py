@@ -18,7 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from distrain.checkpoint import MODEL, CheckpointStore, Snapshot, differences, find, load, prune, survey, verify
+from distrain.checkpoint import (
+    MODEL,
+    CheckpointStore,
+    Snapshot,
+    as_overrides,
+    differences,
+    find,
+    is_superseded,
+    load,
+    prune,
+    survey,
+    verify,
+)
 from distrain.durable import remove_leftovers
 from distrain.errors import CheckpointError
 from distrain.manifest import FORMAT, read_manifest, seal
@@ -395,6 +407,21 @@ def test_what_decides_the_result_is_compared_key_by_key() -> None:
     assert (
         found["optimizer.options.betas"] == "optimizer.options.betas: [0.9, 0.999] in the checkpoint, now [0.9, 0.99]"
     )
+
+
+def test_changed_keys_are_given_as_settings_that_a_configuration_takes() -> None:
+    config = {"optimizer": {"lr": 0.1, "betas": [0.9, 0.99]}, "schedule": {"name": "StepLR"}, "clip": None, "seed": 1}
+    keys = ["optimizer.lr", "schedule.name", "schedule.T_max", "clip.norm", "seed", "optimizer.betas"]
+    assert as_overrides(config, keys) == [
+        "optimizer.lr=0.1", 'schedule={"name": "StepLR"}', "clip=null", "seed=1", "optimizer.betas=[0.9, 0.99]",
+    ]  # fmt: skip
+
+
+def test_only_one_before_the_last_good_one_is_superseded(store: CheckpointStore) -> None:
+    older, newer = store.write(snapshot(1), FIELDS), store.write(snapshot(2), FIELDS)
+    assert is_superseded(older) and not is_superseded(newer)
+    flip(newer / MODEL, 3)
+    assert not is_superseded(older)
 
 
 def test_a_lost_checkpoint_folder_is_not_a_crash(store: CheckpointStore) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
+from click.testing import CliRunner
 
 from distrain.checkpoint import MODEL, verify
-from distrain.config import TrainConfig
+from distrain.cli import main
+from distrain.config import TrainConfig, load_config
 from distrain.errors import ConfigError
 from distrain.jobs import JobState, exit_code
 from tests.support.heads import ray_head
@@ -100,6 +103,25 @@ def test_exit_codes_come_through():
     assert [exit_code(JobState("j", status, code, "")) for status, code in (
         ("SUCCEEDED", 0), ("FAILED", 4), ("FAILED", -9), ("FAILED", None), ("SUCCEEDED", None),
     )] == [0, 4, 137, 1, 0]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["run #1", "123", "a: b", "2024-01-01", "null"])
+def test_any_name_of_a_job_is_its_runs_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Client:
+        def __init__(self, address: str) -> None:
+            pass
+
+        def submit_job(self, entrypoint: str, runtime_env: dict) -> str:
+            self.__class__.entrypoint = entrypoint
+            return "job"
+
+    monkeypatch.setattr("distrain.jobs.JobSubmissionClient", Client)
+    monkeypatch.chdir(tmp_path)
+    job = write_job(tmp_path, resume="auto")
+    assert CliRunner().invoke(main, ["submit", job.name, "--name", name, "--no-wait"]).output == "job\n"
+    _, _, _, verb, path, _, _, *overrides = shlex.split(Client.entrypoint)
+    config = load_config(path, overrides)
+    assert verb == "train" and config.tracking.run_name == name and config.resume == "auto"
 
 
 def test_resuming_by_itself_needs_a_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -109,13 +110,57 @@ def test_a_changed_learning_rate_is_followed(
 
 def test_a_name_that_is_taken_by_another_training_is_said_with_what_to_do(cluster: None, job: Path):
     named = ("tracking.run_name=taken", "resume=auto", "max_steps=3")
-    assert Trainer.begin(load_config(job, named)).fit().steps == 3
-    again = Trainer.begin(load_config(job, [*named, "max_steps=5"])).fit()
+    assert Trainer(load_config(job, named)).fit().steps == 3
+    again = Trainer(load_config(job, [*named, "max_steps=5"])).fit()
     assert again.steps == 5 and again.samples == 2 * 32, "it went on"
     with pytest.raises(
-        CheckpointError, match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken --any"
+        CheckpointError, match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken batch_size=24 --any"
     ):
-        Trainer.begin(load_config(job, [*named, "batch_size=24"]))
+        Trainer(load_config(job, [*named, "batch_size=24"]))
+
+
+def test_a_name_goes_on_at_another_worker_count_with_the_shards_that_it_has(cluster: None, job: Path):
+    named = ("tracking.run_name=grown", "resume=auto", "shards=null")
+    expected = fit(job, "shards=2", "workers.count=1")
+    assert fit(job, *named, "workers.count=2", "max_steps=13").steps == 13
+    again = Trainer(load_config(job, [*named, "workers.count=3"])).fit()
+    assert again.steps == 40 and again.parameters_sha256 == expected.parameters_sha256
+
+
+def test_a_name_that_is_taken_is_said_with_the_settings_to_go_on_with(cluster: None, job: Path):
+    named = ["tracking.run_name=edited", "resume=auto", "max_steps=3"]
+    fit(job, *named)
+    with pytest.raises(
+        CheckpointError, match=r"/edited optimizer\.lr=0\.5 'schedule=\{\"name\": \"StepLR\".* --anyway"
+    ):
+        Trainer(load_config(job, [*named, "optimizer.lr=0.5", "schedule={name: StepLR, step_size: 3}"]))
+
+
+def test_from_a_checkpoint_before_the_last_a_run_of_its_own_goes_on(undisturbed: Result, job: Path):
+    first = fit(job, "tracking.run_name=way", "checkpoint.every_steps=5", "max_steps=20")
+    folder = Path(str(first.checkpoint)).parent
+    before = sorted(path.name for path in folder.iterdir())
+    resumed = Trainer.resume(str(folder / "step-00000010"), ["max_steps=null"]).fit()
+    assert resumed.parameters_sha256 == undisturbed.parameters_sha256
+    assert resumed.run_name == "way-2" and Path(str(resumed.checkpoint)).parent == folder.with_name("way-2")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert Trainer.resume(str(folder), ["max_steps=21"]).fit().run_name == "way"
+
+
+@pytest.mark.parametrize("setting", ["checkpoint.dir=elsewhere", "tracking.run_name=x", "tracking.experiment=x"])
+def test_where_a_resumed_run_is_kept_does_not_change(cluster: None, job: Path, setting: str):
+    first = fit(job, "max_steps=3")
+    with pytest.raises(CheckpointError, match=rf"{setting.partition('=')[0]}: .* keeps its name"):
+        Trainer.resume(str(first.checkpoint), [setting])
+
+
+def test_a_server_that_takes_over_has_what_is_left_of_the_time(job: Path):
+    trainer = Trainer(load_config(job, ["max_seconds=100"]))
+    assert trainer._seconds_left == 100
+    trainer._first_step_ms = round((time.time() - 40) * 1000)
+    assert trainer._seconds_left == pytest.approx(60, abs=1)
+    trainer._first_step_ms = 1
+    assert trainer._seconds_left == 0
 
 
 def test_passwords_that_a_checkpoint_does_not_hold_are_asked_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _ENDS = {  # the schedules for a number of updates: the keyword that says it, an
     "OneCycleLR": ("total_steps", "it has no learning rate, which ends the run"),
     "PolynomialLR": ("total_iters", "the learning rate is 0"),
 }
+_OWN_RATES = {"OneCycleLR": "max_lr", "CyclicLR": "base_lr"}
 
 
 def has_end(config: ScheduleConfig | None) -> bool:
@@ -34,14 +36,18 @@ def has_end(config: ScheduleConfig | None) -> bool:
     return config is not None and config.name in _ENDS
 
 
+def rate_of_its_own(config: ScheduleConfig | None) -> str:
+    """The keyword by which a schedule goes in place of the optimizer's learning rate; empty where it goes by that."""
+    return _OWN_RATES.get(config.name or "", "") if config is not None else ""
+
+
 def what_comes_after(config: ScheduleConfig | None, num_updates: int) -> str:
     """What a person should know of a run with more updates than its schedule is for; empty where it has not."""
     if config is None or config.name not in _ENDS:
         return ""
     keyword, beyond = _ENDS[config.name]
-    parameter = torch.nn.Parameter(torch.zeros(()))
-    main = _build(torch.optim.SGD([parameter], lr=1.0), config)
-    end = config.warmup_steps + int(getattr(main, keyword))
+    length = config.options.get(keyword) or _default_length(config.options)
+    end = config.warmup_steps + length
     if num_updates <= end:
         return ""
     with_warmup = f", {config.warmup_steps} of them warm-up," if config.warmup_steps else ""
@@ -49,6 +55,11 @@ def what_comes_after(config: ScheduleConfig | None, num_updates: int) -> str:
         f"schedule: {config.name} is for {end:,} updates{with_warmup} and the run has {num_updates:,}: beyond that "
         f"{beyond}; schedule.{keyword}={num_updates - config.warmup_steps} makes it as long as the run"
     )
+
+
+def _default_length(options: Mapping[str, Any]) -> int:
+    """The updates of a one-cycle or polynomial schedule that does not say them in so many words, as torch has it."""
+    return options.get("epochs", 1) * options["steps_per_epoch"] if "steps_per_epoch" in options else 5
 
 
 class Schedule:
@@ -147,6 +158,8 @@ def check_schedule(config: ScheduleConfig | None) -> list[tuple[str, str]]:
         return [("schedule.name", f"torch.optim.lr_scheduler has no schedule {name!r}{did_you_mean(name, names)}")]
     if name == "OneCycleLR" and not {"total_steps", "steps_per_epoch"} & config.options.keys():
         return [("schedule.total_steps", f"missing: torch.optim.lr_scheduler.{name} needs the number of updates")]
+    if name == "ReduceLROnPlateau" and config.options.get("mode", "min") != "min":
+        return [("schedule.mode", "the schedule goes by the validation loss, of which less is better: min")]
     kind = getattr(lr_scheduler, name)
     signature = inspect.signature(kind).parameters
     known = {*signature, *ScheduleConfig.model_fields} - {"optimizer", "last_epoch"}

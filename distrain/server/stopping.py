@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +13,15 @@ HIGHER_IS_BETTER = frozenset({"accuracy", "r2"})
 
 
 def better(metric: str, value: float, than: float | None, by: float = 0.0) -> bool:
-    """Whether `value` of a validation metric beats `than` by more than `by` (any value beats None)."""
+    """Whether `value` of a validation metric beats `than` by more than `by`. Any number beats None, NaN nothing."""
     if than is None:
-        return True
+        return not math.isnan(value)
     return value > than + by if metric in HIGHER_IS_BETTER else value < than - by
 
 
 def reached(target: TargetConfig, metrics: Mapping[str, float]) -> bool:
     """Whether validation is good enough."""
-    value = metrics[target.metric]
+    value = metrics.get(target.metric, math.nan)  # there is no R^2 of a constant label
     return value >= target.value if target.metric in HIGHER_IS_BETTER else value <= target.value
 
 
@@ -76,20 +77,26 @@ class Stopping:
         rule = self._early
         if rule is None:
             return None
-        value = metrics[rule.metric]
+        value = metrics.get(rule.metric, math.nan)
         if better(rule.metric, value, self._best, rule.min_delta):
             self._best, self._stale = value, 0
             return None
         self._stale += 1
         if self._stale < rule.patience:
             return None
-        return f"no better validation {rule.metric} than {self._best:.6g} in {self._stale} validations"
+        than = f"than {self._best:.6g}" if self._best is not None else "than none"
+        return f"no better validation {rule.metric} {than} in {self._stale} validations"
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here; JSON-able."""
-        return {"losses": list(self._losses), "norms": list(self._norms), "best": self._best, "stale": self._stale}
+        metric = self._early.metric if self._early is not None else None
+        return {
+            "losses": list(self._losses), "norms": list(self._norms),
+            "best": self._best, "stale": self._stale, "metric": metric,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._losses.extend(state["losses"])
         self._norms.extend(state["norms"])
-        self._best, self._stale = state["best"], state["stale"]
+        if self._early is not None and state.get("metric", self._early.metric) == self._early.metric:
+            self._best, self._stale = state["best"], state["stale"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -97,10 +98,16 @@ class Point:
         for key in ("train_loss",):
             values[key] = math.nan if values.get(key) is None else values[key]
         values["target"] = Target(**values["target"]) if values.get("target") else None
-        values["moments"] = [Moment(**moment) for moment in values.get("moments", [])]
-        values["losses"] = [tuple(entry) for entry in values.get("losses", [])]
+        values["validation"] = _numbers(values.get("validation", {}))
+        moments = [Moment(**moment) for moment in values.get("moments", [])]
+        values["moments"] = [replace(moment, metrics=_numbers(moment.metrics)) for moment in moments]
+        values["losses"] = [tuple(math.nan if n is None else n for n in entry) for entry in values.get("losses", [])]
         values["blocks"] = [tuple(block) for block in values.get("blocks", [])]
         return cls(**values)
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

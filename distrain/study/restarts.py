@@ -28,7 +28,7 @@ def train_restarts(
     seeds = list(range(config.seed, config.seed + (config.restarts or 1)))
     name = config.tracking.run_name or f"restarts-{time.strftime('%Y%m%d-%H%M%S')}"
     overrides = ["restarts=null", f"sweep={{grid: {{seed: {seeds}}}}}"]
-    study, _ = Sweep(config.changed(overrides), name, progress, num_parallel).run()
+    study, _ = Sweep(config.changed(overrides), name, progress, num_parallel, resumes=True).run()
     metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
     points = sorted(study.points, key=lambda point: int(point.values["seed"]))
     best = best_point(points, metric)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 from distrain.config import TrainConfig
 from distrain.errors import ConfigError, DistrainError, Interrupted, TrackingError
+from distrain.learning.schedules import rate_of_its_own
 from distrain.placement import Cluster
 from distrain.progress import SweepProgress
 from distrain.signals import StopSignals
@@ -33,7 +35,8 @@ class Sweep:
 
     A point that fails is marked, and the others go on. `name` is the folder, in checkpoint.dir, of everything that the
     sweep keeps; where it is there already, what is finished in it is not run again. `num_parallel` points run at a time
-    (None: as many as the cluster has cores for).
+    (None: as many as the cluster has cores for). With `resumes`, the configuration's `resume: auto` holds for points
+    that were begun: what they measure is then of their last part only.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Sweep:
         name: str | None = None,
         progress: SweepProgress | None = None,
         num_parallel: int | None = None,
+        resumes: bool = False,
     ) -> None:
         sweep = config.sweep
         if sweep is None:
@@ -53,7 +57,13 @@ class Sweep:
                 f"checkpoint.dir: sweeps and restarts keep their record and report in a local folder, not in "
                 f"{config.checkpoint.dir}: give one, as in checkpoint.dir=checkpoints"
             )
+        keyword = rate_of_its_own(config.schedule)
+        if "optimizer.lr" in sweep.grid and keyword:
+            raise ConfigError(f"the grid gives optimizer.lr, and the schedule has its own: sweep schedule.{keyword}")
+        if sweep.scale_lr != "none" and config.optimizer.scale_lr != "none":
+            raise ConfigError("optimizer.scale_lr is set, and the sweep's scale_lr would replace it: leave one out")
         self._config, self._grid, self._scale_lr = config, sweep.grid, sweep.scale_lr
+        self._resumes = resumes
         self._points = expand(sweep.grid, sweep.scale_lr, config.batch_size)
         self.name = name or f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.checkpoint.dir, self.name)
@@ -110,8 +120,10 @@ class Sweep:
             overrides = [
                 *point.overrides,
                 "sweep=null",
-                f"checkpoint.dir={self.folder}",
-                f"tracking.run_name={point.slug}",
+                f"checkpoint.dir={json.dumps(str(self.folder))}",
+                f"tracking.run_name={json.dumps(point.slug)}",
+                "tracking.registered_model_name=null",
+                *([] if self._resumes else ["resume=null"]),
             ]
             try:
                 configs[point.name] = self._config.changed(overrides)
@@ -190,6 +202,8 @@ class Sweep:
             return Point(point.name, point.values, "stopped", stopped.message, trainer.run_name)
         except DistrainError as error:
             return Point(point.name, point.values, "failed", error.message, trainer.run_name)
+        except Exception as error:  # of the user's own model or loss
+            return Point(point.name, point.values, "failed", f"{type(error).__name__}: {error}", trainer.run_name)
         finally:
             with self._lock:
                 del self._trainers[point.name]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray
 
-from distrain.checkpoint import MODEL, CheckpointStore, Snapshot, verify
+from distrain.checkpoint import MODEL, CheckpointStore, Snapshot, load, verify
 from distrain.config import load_config
 from distrain.errors import DistrainError, TrainingDataError, TrainingError
 from distrain.history import Checked, check
@@ -228,6 +228,20 @@ def test_the_server_killed_before_the_first_checkpoint_starts_over(cluster: None
     assert result.samples == expected.samples == 20_000
     found, problems = check(Path(config.checkpoint.dir, result.run_name, "history.jsonl"))
     assert problems == [] and found.restores == 1 and found.repeated_steps >= 30
+
+
+def test_the_server_killed_before_it_wrote_what_was_changed(cluster: None, tmp_path: Path):
+    job = write_job(tmp_path, rows=20_000, tracking={"enabled": False}, epochs=1, schedule=None)
+    first = Trainer(load_config(job, ["max_steps=30"])).fit()
+    changes = ["optimizer.lr=0.002", "max_steps=null", "checkpoint.every_steps=null"]
+    results = [
+        Trainer.resume(str(first.checkpoint), changes, watcher, anyway=True)
+        for watcher in (Watcher(), Watcher(lambda: kill("ServerActor"), step=60))
+    ]
+    undisturbed, disturbed = [trainer.fit() for trainer in results]
+    assert disturbed.parameters_sha256 == undisturbed.parameters_sha256
+    optimizer = load(Path(str(disturbed.checkpoint))).manifest["state"]["optimizer"]
+    assert {group["lr"] for group in optimizer["param_groups"]} == {0.002}
 
 
 def test_the_server_killed_and_the_latest_checkpoint_damaged(undisturbed: str, job: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from distrain.config import (
     ModelConfig,
     OptimizerConfig,
     PenaltyConfig,
+    TargetConfig,
 )
 from distrain.data.plan import Plan
 from distrain.errors import DistrainError, DivergenceError, TrainingDataError, TrainingError
@@ -27,6 +29,7 @@ from distrain.learning.task import TaskSpec, build_task
 from distrain.reduction import Partial
 from distrain.server.loop import LoopSettings
 from distrain.server.parameter_server import Gathered, ParameterServer
+from distrain.server.stopping import Stopping
 from distrain.worker import Source, Worker
 from tests.support.datasets import ArrayDataset
 from tests.support.runs import Job, KilledWorker, Mortal, open_run, start_worker, task, train
@@ -578,6 +581,26 @@ def test_early_stopping_and_convergence_end_a_run():
     the_job = job(epochs=200, convergence=ConvergenceConfig(loss_change=10.0, window=3))
     run, _ = train(the_job)
     assert run.outcome.step == 6 and run.outcome.reason.startswith("converged: the loss changed by")
+
+
+def test_early_stopping_on_another_metric_begins_to_count_anew():
+    by_loss = Stopping(EarlyStoppingConfig(patience=2), None, None)
+    assert by_loss.validated({"loss": 2.1, "accuracy": 0.5}) is None
+    assert by_loss.validated({"loss": 2.2, "accuracy": 0.6}) is None
+    same, other = (Stopping(EarlyStoppingConfig(metric=m, patience=2), None, None) for m in ("loss", "accuracy"))
+    for resumed in (same, other):
+        resumed.load_state_dict(by_loss.state_dict())
+    assert "no better validation loss than 2.1" in (same.validated({"loss": 2.3}) or "")
+    assert other.validated({"accuracy": 0.7}) is None
+    assert other.state_dict()["best"] == 0.7
+
+
+def test_a_validation_that_is_no_number_is_not_the_best():
+    stopping = Stopping(EarlyStoppingConfig(patience=2), None, None)
+    assert [stopping.validated({"loss": value}) for value in (math.nan, 1.0, 0.5, math.nan)] == [None] * 4
+    assert "no better validation loss than 0.5" in (stopping.validated({"loss": math.nan}) or "")
+    without = Stopping(EarlyStoppingConfig(metric="r2", patience=1), None, TargetConfig(metric="r2", value=0.5))
+    assert without.validated({"loss": 1.0}) == "no better validation r2 than none in 1 validations"
 
 
 def test_more_workers_than_shards_leaves_some_idle_but_ready():

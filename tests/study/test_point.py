@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from tests.study.points import point
 def test_a_point_survives_json():
     before = point()
     assert Point.from_json(json.loads(json.dumps(before.to_json()))) == before
+    moment = replace(before.moments[0], metrics={"loss": math.nan})
+    diverged = replace(before, validation={"loss": math.inf}, moments=[moment])
+    again = Point.from_json(json.loads(json.dumps(diverged.to_json(), allow_nan=False)))
+    assert math.isnan(again.validation["loss"]) and math.isnan(again.moments[0].metrics["loss"])
     failed = Point("a", {"seed": 1}, "failed", "no")
     text = json.dumps(failed.to_json(), allow_nan=False)
     assert math.isnan(Point.from_json(json.loads(text)).train_loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import mlflow
@@ -25,6 +26,7 @@ def test_the_best_is_the_first_of_the_best_that_finished():
     assert best_point(points, "loss") == points[1]
     assert best_point([point(0, accuracy=0.5), point(1, accuracy=0.9)], "accuracy").values == {"seed": 1}
     assert best_point([point(0, "failed")], "loss") is None
+    assert best_point([point(0, loss=math.nan), point(1, loss=0.3)], "loss").values == {"seed": 1}
 
 
 def test_a_trainer_does_one_run():

@@ -30,7 +30,7 @@ def sweep(folder: Path, *arguments: str) -> Finished:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of four points, one of which fails."""
     folder = tmp_path_factory.mktemp("sweep")
-    write_job(folder, schedule=None, shards=None, epochs=10, optimizer={"name": "Adam", "lr": 0.02}, sweep={
+    write_job(folder, schedule=None, shards=None, epochs=10, optimizer={"name": "Adam", "lr": 0.02}, model={}, sweep={
         "grid": {"batch_size": [16, 64], "model.factory": [None, "nowhere:build"]},
     })  # fmt: skip
     done = sweep(folder, "--target", "validation.accuracy=0.6", "--scale-lr", "sqrt", "workers.count=1", "--json")
@@ -156,6 +156,20 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path):
 def test_the_configuration_needs_a_grid():
     with pytest.raises(ConfigError, match="nothing to sweep"):
         Sweep(TrainConfig(data={"train": "rows", "label": "y"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sweep", "said"),
+    [
+        ({"schedule": {"name": "OneCycleLR", "max_lr": 0.1, "total_steps": 9}}, {"grid": {"optimizer.lr": [0.1, 0.2]}},
+         "the schedule has its own: sweep schedule.max_lr"),
+        ({"optimizer": {"scale_lr": "sqrt", "base_batch_size": 9}}, {"grid": {"seed": [1, 2]}, "scale_lr": "sqrt"},
+         "optimizer.scale_lr is set"),
+    ],
+)  # fmt: skip
+def test_a_grid_whose_learning_rate_would_not_count_is_refused(settings: dict, sweep: dict, said: str):
+    with pytest.raises(ConfigError, match=said):
+        Sweep(TrainConfig(data={"train": "rows", "label": "y"}, **settings, sweep=sweep))
 
 
 def test_a_sweep_is_kept_in_a_local_folder():
