@@ -114,7 +114,8 @@ def test_a_name_that_is_taken_by_another_training_is_said_with_what_to_do(cluste
     again = Trainer(load_config(job, [*named, "max_steps=5"])).fit()
     assert again.steps == 5 and again.samples == 2 * 32, "it went on"
     with pytest.raises(
-        CheckpointError, match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken batch_size=24 --any"
+        CheckpointError,
+        match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken batch_size=24 --any",
     ):
         Trainer(load_config(job, [*named, "batch_size=24"]))
 
