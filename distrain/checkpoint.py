@@ -38,9 +38,8 @@ FREE_KEYS = (
     "data.train", "data.validation",
 )  # fmt: skip
 _NOT_FREE = ("workers.precision",)
-_LEARNING_RATE = ("optimizer.", "schedule.")  # the sections that say it
-_STEP_ROWS = ("batch_size", "data.train")  # what scale_lr goes by; full batches have all rows
-_KEEP_MOMENTS = {f"optimizer.{key}" for key in ("lr", "scale_lr", "base_batch_size", "betas", "eps")}
+_RATE = {f"optimizer.{key}" for key in ("name", "lr", "scale_lr", "base_batch_size")}
+_KEEP_MOMENTS = _RATE - {"optimizer.name"} | {"optimizer.betas", "optimizer.eps"}
 
 _CHUNK_BYTES = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
@@ -356,7 +355,7 @@ def as_overrides(config: Mapping[str, Any], keys: Collection[str]) -> list[str]:
             value, path = value[name], (*path, name)
         settings[path] = value
     outer = [path for path in settings if not any(path[:depth] in settings for depth in range(1, len(path)))]
-    return [f"{'.'.join(path)}={json.dumps(settings[path])}" for path in outer]
+    return [f"{'.'.join(path)}={json.dumps(settings[path], ensure_ascii=False)}" for path in outer]
 
 
 def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[str]:
@@ -366,17 +365,23 @@ def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[s
     schedule are the configuration's, the schedule as after the updates done so far, and not those in the state. Moments
     that may not fit begin anew. Returns what else a person should know, a line each.
     """
-    state = manifest["state"]
+    state, before, told = manifest["state"], manifest["config"], []
     state["agenda"] = {"epoch": manifest["epoch"]}
-    is_scaled = manifest["config"]["optimizer"].get("base_batch_size") is not None
-    if not any(key.startswith(_LEARNING_RATE) or (is_scaled and key in _STEP_ROWS) for key in changed):
+    rows = "data.train" if before["batch_size"] == "full" else "batch_size"
+    is_scaled = before["optimizer"].get("base_batch_size") is not None and rows in changed
+    has_other_rate = is_scaled or any(key in _RATE or key.startswith("schedule.") for key in changed)
+    if not has_other_rate and not any(key.startswith("optimizer.") for key in changed):
         return []
-    state["schedule"] = {"steps": state["schedule"]["steps"]}
     state["optimizer"]["param_groups"] = None
-    if not any(key.startswith("optimizer.") and key not in _KEEP_MOMENTS for key in changed):
-        return []
-    state["optimizer"]["state"] = []
-    return ["the optimizer's state, such as its momentum, begins anew"]
+    goes_by_loss = (before["schedule"] or {}).get("name") == "ReduceLROnPlateau"
+    if has_other_rate or not goes_by_loss:
+        state["schedule"] = {"steps": state["schedule"]["steps"]}
+        if goes_by_loss:
+            told.append("the schedule, and how often it reduced the learning rate, begins anew")
+    if any(key.startswith("optimizer.") and key not in _KEEP_MOMENTS for key in changed):
+        state["optimizer"]["state"] = []
+        told.append("the optimizer's state, such as its momentum, begins anew")
+    return told
 
 
 def _best(run: Place) -> Found:

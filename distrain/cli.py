@@ -413,7 +413,7 @@ def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: 
     The current folder travels along (without Parquet files and checkpoints), so that CONFIG and your modules are there.
     """
     if name is not None:
-        overrides += (f"tracking.run_name={json.dumps(name)}", "resume=auto")
+        overrides += (f"tracking.run_name={json.dumps(name, ensure_ascii=False)}", "resume=auto")
     _load(config, overrides)  # what is wrong with it is better said here than by the job
     from distrain.jobs import Jobs
 

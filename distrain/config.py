@@ -141,7 +141,7 @@ _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "normalization": _LAYERED,
     "initialization": ("linear", "logistic", *_LAYERED),
     **dict.fromkeys(("image_shape", "channels", "kernel_size"), ("cnn",)),
-    **dict.fromkeys(("vocabulary", "encoder", "embedding", "layers", "heads"), ("text",)),
+    **dict.fromkeys(("encoder", "embedding", "layers", "heads"), ("text",)),
 }
 _ENCODER_OPTIONS = dict.fromkeys(("layers", "heads"), ("transformer",))
 
@@ -194,12 +194,11 @@ class ModelConfig(_Section):
         return _name_or_factory(value)
 
     @model_validator(mode="after")
-    def _options_fit(self) -> ModelConfig:
-        _check_options(self, _MODEL_OPTIONS, self.name)
-        if self.name == "text":
-            _check_options(self, _ENCODER_OPTIONS, self.encoder)
+    def _text_has_a_vocabulary(self) -> ModelConfig:
         if self.name == "text" and self.vocabulary is None:
             raise ValueError("text needs vocabulary: the number of token ids")
+        if self.name != "text" and self.vocabulary is not None:
+            raise ValueError(f"vocabulary goes with name: text, not with {self.name or 'a factory'}")
         if self.name == "text" and self.encoder == "transformer" and self.embedding % self.heads:
             raise ValueError(f"embedding is {self.embedding}, no multiple of the {self.heads} heads")
         return self
@@ -244,7 +243,8 @@ class LossConfig(_Section):
 
     @model_validator(mode="after")
     def _options_fit(self) -> LossConfig:
-        _check_options(self, _LOSS_OPTIONS, self.name)
+        for key, names in _set_without_effect(self, _LOSS_OPTIONS, self.name).items():
+            raise ValueError(f"{key} goes with {', '.join(names)}, not with {self.name or 'a factory'}")
         if isinstance(self.class_weights, list) and not sum(self.class_weights):
             raise ValueError("class_weights are all 0: no row would count")
         return self
@@ -263,11 +263,16 @@ class LossConfig(_Section):
         return "classes" if self.name in CATEGORICAL else "binary" if self.name in BINARY else "numbers"
 
 
-def _check_options(section: _Section, options: Mapping[str, Sequence[str]], name: str | None) -> None:
-    """Raise where an option is set that what is called `name` has not. `options` say what has each."""
-    for key, names in options.items():
-        if getattr(section, key) != type(section).model_fields[key].default and name not in names:
-            raise ValueError(f"{key} goes with {', '.join(names)}, not with {name or 'a factory'}")
+def _set_without_effect(
+    section: _Section, options: Mapping[str, Sequence[str]], name: str | None
+) -> dict[str, Sequence[str]]:
+    """The options that are set, and that what is called `name` does not have, with what has them: of `options`."""
+    fields = type(section).model_fields
+    return {
+        key: names
+        for key, names in options.items()
+        if getattr(section, key) != fields[key].default and name not in names
+    }
 
 
 def _name_or_factory(value: Any) -> Any:
@@ -584,7 +589,6 @@ class TrainConfig(_Section):
                 ("target", self.target),
                 ("validation.every_steps", self.validation.every_steps),
                 ("restarts", self.restarts),
-                ("schedule: ReduceLROnPlateau", schedule if schedule == "ReduceLROnPlateau" else None),
             ):
                 if value is not None:
                     raise ValueError(f"{key} needs data.validation")
@@ -593,7 +597,7 @@ class TrainConfig(_Section):
         if self.optimizer.scale_lr != "none" and schedule in ("OneCycleLR", "CyclicLR"):
             raise ValueError(f"optimizer.scale_lr scales optimizer.lr, and {schedule} goes by its own max_lr")
         if self.restarts is not None and self.tracking.registered_model_name is not None:
-            raise ValueError("restarts: each would register its model; register the best one's in MLflow, by its run")
+            raise ValueError("restarts register no model: leave the name out, and register the best run's in MLflow")
         if self.model.name == "logistic" and self.loss.kind == "numbers":
             raise ValueError(
                 f"model: logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "
@@ -684,6 +688,24 @@ class TrainConfig(_Section):
             "tracking.uri": self.tracking.uri if self.tracking.enabled else None,
         }
         return [key for key, uri in uris.items() if HIDDEN in str(uri)]
+
+    @property
+    def without_effect(self) -> list[str]:
+        """What is set and counts for nothing, a line each."""
+        model = self.model
+        which = "the model of a factory" if model.name is None else f"model: {model.name}"
+        lines = [
+            f"model.{key} counts for nothing: {which} has none"
+            for key in _set_without_effect(model, _MODEL_OPTIONS, model.name)
+        ]
+        if model.name == "text":
+            lines += [
+                f"model.{key} counts for nothing: encoder: {model.encoder} has none"
+                for key in _set_without_effect(model, _ENCODER_OPTIONS, model.encoder)
+            ]
+        if self.schedule is not None and self.schedule.name == "ReduceLROnPlateau" and self.data.validation is None:
+            lines.append("schedule counts for nothing: ReduceLROnPlateau goes by data.validation, and there is none")
+        return lines
 
     def in_folder(self, folder: Path) -> TrainConfig:
         """The same configuration with relative paths taken from `folder`: of the data, checkpoints, and tracking's

@@ -90,9 +90,9 @@ class Crew:
         """How many workers ended before the run did."""
         return self._supervision.failures
 
-    def start(self, restored: Restored | None, max_s: float | None) -> None:
-        """Start the server, to go on from `restored` for `max_s` seconds at most, and the workers. Does not wait for
-        them."""
+    def start(self, restored: Restored | None, spent_s: float) -> None:
+        """Start the server, to go on from `restored` after `spent_s` seconds of training, and the workers. Does not
+        wait for them."""
         self._step = restored.step if restored is not None else 0
         self._stop_sent = False
         self._server = ray.remote(ServerActor).options(
@@ -103,9 +103,8 @@ class Crew:
             scheduling_strategy=self._placement.for_server(),
         ).remote()  # fmt: skip
         self._num_reports = self._num_snapshots = 0
-        self._ready = self._server.prepare.remote(
-            self._run, replace(self._update, loop=replace(self._update.loop, max_s=max_s)), restored
-        )
+        update = replace(self._update, loop=replace(self._update.loop, spent_s=spent_s))
+        self._ready = self._server.prepare.remote(self._run, update, restored)
         for slice_, node in enumerate(self._placement.nodes_of_slices(self._update.loop.slices - 1)):
             self._start_relay(node, slice_)
         for rank in range(self._config.most):

@@ -39,6 +39,7 @@ def preview(config: TrainConfig) -> Preview:
     total_steps = min(steps, config.max_steps) if config.max_steps is not None else steps
     where, asked, there, warnings = _resources(config)
     beyond = what_comes_after(config.schedule, total_steps)
+    warnings = (*warnings, *config.without_effect, *([beyond] if beyond else []))
     return Preview(
         files=_files(preparation),
         num_rows=plan.num_rows,
@@ -64,7 +65,7 @@ def preview(config: TrainConfig) -> Preview:
         cluster=where,
         asked=asked,
         there=there,
-        warnings=(*warnings, beyond) if beyond else warnings,
+        warnings=warnings,
     )
 
 

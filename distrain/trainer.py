@@ -88,9 +88,9 @@ class Trainer:
     """Runs one training on a Ray cluster: `Trainer(TrainConfig(...)).fit()`.
 
     `progress` shows the run to a person (default: nothing). `checkpoint` is where to go on from; without one, and with
-    `resume: auto`, the last good one of the run of that name, if there is one. `began` is the Unix
-    time in seconds from which the result counts (default: now); the command line gives its own start. `tags` are
-    further ones of the MLflow run.
+    `resume: auto`, the last good one of the run of that name, if there is one. `began` is the Unix time in seconds from
+    which the result counts (default: now); the command line gives its own start. `tags` are further ones of the MLflow
+    run. Raises CheckpointError as `resume` does.
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class Trainer:
         if config.restarts is not None:
             raise ConfigError("restarts are several runs: distrain train does them, or distrain.study.restarts")
         is_auto = checkpoint is None and config.resume == "auto"
-        if is_auto and has_checkpoints(place(config.checkpoint.dir) / (config.tracking.run_name or "")):
-            checkpoint = load(find(place(config.checkpoint.dir) / (config.tracking.run_name or "")).path)
+        if is_auto and has_checkpoints(folder := place(config.checkpoint.dir) / (config.tracking.run_name or "")):
+            checkpoint = load(find(folder).path)
         if checkpoint is not None and config.shards is None:
             config = config.changed([f"shards={checkpoint.manifest['config']['shards']}"])
         self.config = config
@@ -158,16 +158,12 @@ class Trainer:
             raise CheckpointError(
                 f"a checkpoint does not hold passwords: {', '.join(keys)} had one. Give it again: {keys[0]}=..."
             )
-        stays = TrainConfig.from_mapping(before)
-        for key, was, now in (
-            ("checkpoint.dir", stays.checkpoint.dir, config.checkpoint.dir),
-            ("tracking.run_name", stays.tracking.run_name, config.tracking.run_name),
-            ("tracking.experiment", stays.tracking.experiment, config.tracking.experiment),
-        ):
-            if now != was:
+        now = config.to_mapping()
+        for section, key in (("checkpoint", "dir"), ("tracking", "run_name"), ("tracking", "experiment")):
+            if now[section][key] != before[section][key]:
                 raise CheckpointError(
-                    f"{key}: {now!r}, and a resumed run keeps its name, its folder and its place in MLflow. To go on "
-                    f"elsewhere, copy {found.path.parent} there and resume the copy"
+                    f"{section}.{key}: {now[section][key]!r}, and a resumed run keeps its name, its folder and its "
+                    f"place in MLflow. To go on elsewhere, copy {found.path.parent} there and resume the copy"
                 )
         trainer = cls(config, progress, checkpoint, began)
         trainer._anyway = anyway
@@ -223,8 +219,9 @@ class Trainer:
             check_reachable(config.tracking.uri)
         steps = config.epochs * preparation.updates_per_epoch
         self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
-        if text := what_comes_after(config.schedule, self._last_step):
-            self._progress.note(text)
+        for line in [*config.without_effect, what_comes_after(config.schedule, self._last_step)]:
+            if line:
+                self._progress.note(line)
         tracker = make_tracker(config.tracking, self._description(preparation), str(self._folder), self._progress.note)
         tracker.open()  # which takes as long as Ray does, and a core that Ray leaves idle
         self._progress.phase("starting Ray")
@@ -329,7 +326,7 @@ class Trainer:
         is_started = False
         while True:
             try:
-                crew.start(restored, self._seconds_left)
+                crew.start(restored, self._spent_s)
                 ready = crew.await_server(lambda: self._stop_reason is not None)
                 if ready is None:
                     raise _StoppedEarly
@@ -352,11 +349,9 @@ class Trainer:
         return outcome
 
     @property
-    def _seconds_left(self) -> float | None:
-        """Of max_seconds: what a server still has that takes over from one before it."""
-        if self.config.max_seconds is None or not self._first_step_ms:
-            return self.config.max_seconds
-        return max(self.config.max_seconds - (time.time() - self._first_step_ms / 1000), 0.0)
+    def _spent_s(self) -> float:
+        """Since the first step: what a server that takes over has less of max_seconds."""
+        return time.time() - self._first_step_ms / 1000 if self._first_step_ms else 0.0
 
     def _watch(self, crew: Crew, writer: CheckpointWriter, tracker: Tracker) -> Outcome:
         """Have the crew train, and pass on what it reports, until the run is over."""
@@ -455,7 +450,7 @@ class Trainer:
         loop = LoopSettings(
             epochs=config.epochs,
             max_steps=config.max_steps,
-            max_s=None,  # each server's own
+            max_s=config.max_seconds,
             checkpoint_every_steps=config.checkpoint.every_steps,
             checkpoint_every_s=config.checkpoint.every_seconds,
             validation_every_steps=config.validation.every_steps,
@@ -564,7 +559,7 @@ class Trainer:
     def _root(self) -> Place:
         """Where this run's folder is, among others."""
         if self._checkpoint is not None:
-            return self._checkpoint.path.parent.parent
+            return self._checkpoint.path.absolute().parent.parent
         return place(self.config.checkpoint.dir)
 
     def _description(self, preparation: Preparation) -> RunDescription:

@@ -25,6 +25,7 @@ from distrain.checkpoint import (
     as_overrides,
     differences,
     find,
+    follow_changes,
     is_superseded,
     load,
     prune,
@@ -415,6 +416,36 @@ def test_changed_keys_are_given_as_settings_that_a_configuration_takes() -> None
     assert as_overrides(config, keys) == [
         "optimizer.lr=0.1", 'schedule={"name": "StepLR"}', "clip=null", "seed=1", "optimizer.betas=[0.9, 0.99]",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "schedule", "keeps_schedule", "keeps_moments", "told"),
+    [
+        (["seed"], "StepLR", True, True, 0),
+        (["batch_size"], "StepLR", True, True, 0),
+        (["optimizer.lr"], "StepLR", False, True, 0),
+        (["optimizer.betas"], "ReduceLROnPlateau", True, True, 0),
+        (["optimizer.lr"], "ReduceLROnPlateau", False, True, 1),
+        (["optimizer.name"], "ReduceLROnPlateau", False, False, 2),
+        (["optimizer.weight_decay"], "StepLR", False, False, 1),
+    ],
+)
+def test_what_follows_changed_keys(
+    changed: list[str], schedule: str, keeps_schedule: bool, keeps_moments: bool, told: int
+) -> None:
+    config = CONFIG | {"schedule": {"name": schedule}}
+    state = {
+        "schedule": {"steps": 7, "lr": [0.1]},
+        "optimizer": {"state": [1], "param_groups": [2]},
+        "agenda": {"x": 1},
+    }
+    manifest = {"epoch": 3, "config": config, "state": state}
+    assert len(follow_changes(manifest, changed)) == told
+    assert state["agenda"] == {"epoch": 3}
+    assert ("lr" in state["schedule"]) == keeps_schedule and state["schedule"]["steps"] == 7
+    assert state["optimizer"]["state"] == ([1] if keeps_moments else [])
+    has_options = any(key.startswith("optimizer.") for key in changed)
+    assert state["optimizer"]["param_groups"] == (None if has_options else [2])
 
 
 def test_only_one_before_the_last_good_one_is_superseded(store: CheckpointStore) -> None:

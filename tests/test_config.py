@@ -143,6 +143,26 @@ def test_python_users_get_the_same_errors_without_a_file():
     assert OptimizerConfig(betas=["1e-1", 0.9]).options == {"betas": [0.1, 0.9]}
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": {"name": "linear", "dropout": 0.5}}, ["model.dropout counts for nothing: model: linear has none"]),
+        ({"model": {"factory": "a:b", "hidden": [9]}},
+         ["model.hidden counts for nothing: the model of a factory has none"]),
+        ({"model": {"channels": [4], "heads": 8}},
+         [f"model.{key} counts for nothing: model: mlp has none" for key in ("channels", "heads")]),
+        ({"model": {"name": "text", "vocabulary": 9, "heads": 8}},
+         ["model.heads counts for nothing: encoder: bag has none"]),
+        ({"model": {"name": "text", "vocabulary": 9, "heads": 8, "encoder": "transformer"}}, []),
+        ({"schedule": {"name": "ReduceLROnPlateau"}},
+         ["schedule counts for nothing: ReduceLROnPlateau goes by data.validation, and there is none"]),
+        ({}, []),
+    ],
+)  # fmt: skip
+def test_what_counts_for_nothing_is_told(settings: dict, said: list[str]):
+    assert TrainConfig(data=DATA, **settings).without_effect == said
+
+
 @pytest.mark.parametrize("user", ["me", "me@example.com"])
 def test_credentials_do_not_travel(user: str):
     uri = f"https://{user}:secret@mlflow.example"

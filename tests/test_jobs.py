@@ -105,7 +105,7 @@ def test_exit_codes_come_through():
     )] == [0, 4, 137, 1, 0]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["run #1", "123", "a: b", "2024-01-01", "null"])
+@pytest.mark.parametrize("name", ["run #1", "123", "a: b", "2024-01-01", "null", "\N{ROCKET} läuft"])
 def test_any_name_of_a_job_is_its_runs_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Client:
         def __init__(self, address: str) -> None:

@@ -205,9 +205,13 @@ def _is_constant(footers: list[pq.FileMetaData], columns: Columns) -> bool:
 
 
 def _places(footer: pq.FileMetaData) -> dict[str, int]:
-    """Where a row group holds each column, by its name; the first leaf of a nested one."""
+    """Where a row group holds each column, by its name; the first leaf of a nested one, whose name may have dots."""
     leaves = [footer.schema.column(number).path for number in range(footer.num_columns)]
-    firsts = {path.partition(".")[0]: number for number, path in reversed([*enumerate(leaves)])}
+    firsts: dict[str, int] = {}
+    for number, path in enumerate(leaves):
+        parts = path.split(".")
+        for depth in range(1, len(parts)):
+            firsts.setdefault(".".join(parts[:depth]), number)
     return firsts | {path: number for number, path in enumerate(leaves)}
 
 

@@ -39,6 +39,7 @@ class LoopSettings:
     epochs: int
     max_steps: int | None = None
     max_s: float | None = None
+    spent_s: float = 0.0  # of max_s, by servers before this one
     checkpoint_every_steps: int | None = None
     checkpoint_every_s: float | None = None
     validation_every_steps: int | None = None
@@ -237,7 +238,9 @@ class Loop:
 
     @property
     def _is_time_over(self) -> bool:
-        return self._settings.max_s is not None and time.perf_counter() - self._start >= self._settings.max_s
+        if self._settings.max_s is None:
+            return False
+        return self._settings.spent_s + time.perf_counter() - self._start >= self._settings.max_s
 
     @property
     def _is_validation_due(self) -> bool:

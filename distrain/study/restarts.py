@@ -32,6 +32,8 @@ def train_restarts(
     metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
     points = sorted(study.points, key=lambda point: int(point.values["seed"]))
     best = best_point(points, metric)
+    if best is None and any(point.is_finished for point in points):
+        raise TrainingError(f"no validation {metric} of the {len(points)} restarts is a number")
     if best is None:
         reasons = "\n".join(f"  {point.name}: {point.reason}" for point in points)
         raise TrainingError(f"none of the {len(points)} restarts came to an end:\n{reasons}")

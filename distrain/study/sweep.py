@@ -60,6 +60,8 @@ class Sweep:
         keyword = rate_of_its_own(config.schedule)
         if "optimizer.lr" in sweep.grid and keyword:
             raise ConfigError(f"the grid gives optimizer.lr, and the schedule has its own: sweep schedule.{keyword}")
+        if config.tracking.registered_model_name is not None:
+            raise ConfigError("tracking.registered_model_name: a sweep registers no model: leave the name out")
         if sweep.scale_lr != "none" and config.optimizer.scale_lr != "none":
             raise ConfigError("optimizer.scale_lr is set, and the sweep's scale_lr would replace it: leave one out")
         self._config, self._grid, self._scale_lr = config, sweep.grid, sweep.scale_lr
@@ -120,9 +122,8 @@ class Sweep:
             overrides = [
                 *point.overrides,
                 "sweep=null",
-                f"checkpoint.dir={json.dumps(str(self.folder))}",
-                f"tracking.run_name={json.dumps(point.slug)}",
-                "tracking.registered_model_name=null",
+                f"checkpoint.dir={json.dumps(str(self.folder), ensure_ascii=False)}",
+                f"tracking.run_name={json.dumps(point.slug, ensure_ascii=False)}",
                 *([] if self._resumes else ["resume=null"]),
             ]
             try:
@@ -190,23 +191,25 @@ class Sweep:
         if parent_run_id is not None:
             tags["mlflow.parentRunId"] = parent_run_id
         watch = PointWatch(lambda text: self._progress.note(point.name, text), config.target)
-        trainer = Trainer(config, watch, tags=tags)
-        with self._lock:
-            self._trainers[point.name] = trainer
-            if self._stopping:
-                trainer.stop("the sweep was stopped")
         self._progress.point_began(point.name)
+        run_name = ""
         try:
+            trainer = Trainer(config, watch, tags=tags)
+            run_name = trainer.run_name
+            with self._lock:
+                self._trainers[point.name] = trainer
+                if self._stopping:
+                    trainer.stop("the sweep was stopped")
             result = trainer.fit()
         except Interrupted as stopped:
-            return Point(point.name, point.values, "stopped", stopped.message, trainer.run_name)
+            return Point(point.name, point.values, "stopped", stopped.message, run_name)
         except DistrainError as error:
-            return Point(point.name, point.values, "failed", error.message, trainer.run_name)
+            return Point(point.name, point.values, "failed", error.message, run_name)
         except Exception as error:  # of the user's own model or loss
-            return Point(point.name, point.values, "failed", f"{type(error).__name__}: {error}", trainer.run_name)
+            return Point(point.name, point.values, "failed", f"{type(error).__name__}: {error}", run_name)
         finally:
             with self._lock:
-                del self._trainers[point.name]
+                self._trainers.pop(point.name, None)
         return _point(point, config, result, watch)
 
     def _ended(self, point: Point, parent: ParentRun) -> None:

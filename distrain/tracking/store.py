@@ -194,6 +194,11 @@ class MlflowRun:
                 raise
         self._client.create_model_version(name, f"models:/{model_id}", run_id=self.run_id, model_id=model_id)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether the run takes anything: not where it was deleted."""
+        return bool(self._client.get_run(self.run_id).info.lifecycle_stage == "active")
+
     def terminate(self, status: str) -> None:
         """End the run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)

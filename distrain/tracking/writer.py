@@ -91,8 +91,8 @@ class Writer:
         try:
             self._run.log_points(points)
         except Exception as error:
-            if not is_refused(error) or not points:
-                raise
+            if not is_refused(error) or not points or not self._run.is_active:
+                raise  # MLflow says the same of a run that was deleted, and may be restored
             if len(points) > 1:
                 middle = len(points) // 2
                 self._log(points[:middle])

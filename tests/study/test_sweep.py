@@ -30,7 +30,7 @@ def sweep(folder: Path, *arguments: str) -> Finished:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of four points, one of which fails."""
     folder = tmp_path_factory.mktemp("sweep")
-    write_job(folder, schedule=None, shards=None, epochs=10, optimizer={"name": "Adam", "lr": 0.02}, model={}, sweep={
+    write_job(folder, schedule=None, shards=None, epochs=10, optimizer={"name": "Adam", "lr": 0.02}, sweep={
         "grid": {"batch_size": [16, 64], "model.factory": [None, "nowhere:build"]},
     })  # fmt: skip
     done = sweep(folder, "--target", "validation.accuracy=0.6", "--scale-lr", "sqrt", "workers.count=1", "--json")

@@ -24,7 +24,7 @@ class MemoryRun:
 
     def __init__(self) -> None:
         self.points, self.texts, self.tags, self.figures, self.status = [], {}, {}, [], None
-        self.is_away = False
+        self.is_away, self.is_active = False, True
 
     def _reach(self):
         if self.is_away:
@@ -194,6 +194,13 @@ def test_a_point_that_the_store_refuses_costs_no_other(bench):
     assert bench.writer.end("FINISHED")
     assert bench.losses == [1, 2, 3, 4, 5] and bench.run.status == "FINISHED"
     assert bench.notes == ["MLflow did not take refused: bad name"]
+
+
+def test_points_of_a_run_that_was_deleted_wait_for_it(bench, at_once):
+    bench.run.is_active = False
+    bench.inbox.take_points = lambda *_: [Point("refused", 1.0, 0, 5), Point("train/loss", 0.5, 0, 5)]
+    bench.writer.deliver()
+    assert len(bench.spool) == 2 and bench.run.points == []
 
 
 def test_what_cannot_be_made_is_said_and_holds_nothing_up(bench):
