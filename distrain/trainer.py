@@ -115,7 +115,7 @@ class Trainer:
         self._checkpoint = checkpoint
         self._anyway = False  # resume although what decides the result has changed
         self._is_auto = is_auto
-        self._is_branch = checkpoint is not None and is_superseded(checkpoint.path)
+        self._is_branch = False  # goes on otherwise than the checkpoint's run did from there
         self._stop_reason: str | None = None
         self._step = checkpoint.manifest["step"] if checkpoint is not None else 0  # the furthest one told of
         self._validated_step = self._step
@@ -146,9 +146,9 @@ class Trainer:
     ) -> Trainer:
         """Go on from a checkpoint: a checkpoint's folder, a run's folder, its name, or its MLflow run id.
 
-        From one that is not the run's last, it goes on as another run: the later ones stay. Raises CheckpointError when
-        there is none, it is damaged, or what decides the result has changed: data, or keys that `overrides` set. With
-        `anyway` that is only said, and the epoch under way begins again.
+        Raises CheckpointError when there is none, it is damaged, or what decides the result has changed: data, or keys
+        that `overrides` set. With `anyway` that is only said, and the epoch under way begins again; from a checkpoint
+        that is not the run's last, it goes on as another run then, and the later ones stay.
         """
         found = find(reference, root)
         checkpoint = load(found.path)
@@ -199,12 +199,6 @@ class Trainer:
         self._progress.phase("reading footers")
         preparation = prepare(config)
         check_own_code(preparation)
-        if self._is_branch and self._checkpoint is not None:
-            begins = self._checkpoint.path
-            self._progress.note(
-                f"{begins.parent} holds later checkpoints, which stay: from {begins.name} on this is a run of its own, "
-                f"{self.run_name}"
-            )
         if self._checkpoint is not None:
             changed = self._check_resumable(self._checkpoint, preparation.fingerprints)
             for line in changed.values():
@@ -212,6 +206,8 @@ class Trainer:
             if changed:
                 for line in follow_changes(self._checkpoint.manifest, changed):
                     self._progress.note(line)
+                if is_superseded(self._checkpoint.path):
+                    self._branch(self._checkpoint.path)
             if "optimizer.lr" in changed and (keyword := rate_of_its_own(config.schedule)):
                 self._progress.note(f"optimizer.lr counts for nothing: the schedule goes by its own {keyword}")
             self._note_other_bits(self._checkpoint)
@@ -267,6 +263,15 @@ class Trainer:
         return (
             f"resume: auto goes on with {self._folder}: give another tracking.run_name to begin a run, or go on from "
             f"these weights with: distrain resume {self._folder} {settings} --anyway"
+        )
+
+    def _branch(self, begins: Place) -> None:
+        """Become a run of its own: the checkpoint's went on from there, and this one will not give the same bits."""
+        self._is_branch = True
+        self.run_name = self._run_name()
+        self._progress.note(
+            f"{begins.parent} holds later checkpoints, which stay: from {begins.name} on this is a run of its own, "
+            f"{self.run_name}"
         )
 
     def _note_other_bits(self, checkpoint: Checkpoint) -> None:

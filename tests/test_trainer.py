@@ -138,15 +138,17 @@ def test_a_name_that_is_taken_is_said_with_the_settings_to_go_on_with(cluster: N
         Trainer(load_config(job, [*named, "optimizer.lr=0.5", "schedule={name: StepLR, step_size: 3}"]))
 
 
-def test_from_a_checkpoint_before_the_last_a_run_of_its_own_goes_on(undisturbed: Result, job: Path):
+def test_from_a_checkpoint_before_the_last_the_run_goes_on_and_a_changed_one_as_its_own(undisturbed: Result, job: Path):
     first = fit(job, "tracking.run_name=way", "checkpoint.every_steps=5", "max_steps=20")
     folder = Path(str(first.checkpoint)).parent
     before = sorted(path.name for path in folder.iterdir())
-    resumed = Trainer.resume(str(folder / "step-00000010"), ["max_steps=null"]).fit()
-    assert resumed.parameters_sha256 == undisturbed.parameters_sha256
-    assert resumed.run_name == "way-2" and Path(str(resumed.checkpoint)).parent == folder.with_name("way-2")
+    changed = Trainer.resume(str(folder / "step-00000010"), ["max_steps=12", "optimizer.lr=0.1"], anyway=True).fit()
+    assert changed.run_name == "way-2" and Path(str(changed.checkpoint)).parent == folder.with_name("way-2")
     assert sorted(path.name for path in folder.iterdir()) == before
-    assert Trainer.resume(str(folder), ["max_steps=21"]).fit().run_name == "way"
+    again = Trainer.resume("way-2", ["max_steps=13"], root=str(folder.parent)).fit()
+    assert again.steps == 13 and again.run_name == "way-2"
+    resumed = Trainer.resume(str(folder / "step-00000010"), ["max_steps=null"]).fit()
+    assert resumed.parameters_sha256 == undisturbed.parameters_sha256 and resumed.run_name == "way"
 
 
 def test_a_password_is_given_again_and_not_shown(cluster: None, job: Path):
