@@ -251,8 +251,10 @@ class Cluster:
                 group = None
             elif self.is_local:
                 # A call's answer was lost: the node holds the room, and nobody knows. Only a new Ray gets it back.
+                began = time.monotonic()
                 self.close()
                 self._start_local()
+                until += time.monotonic() - began  # its start may take 20 s where calls are lost, and is no waiting
                 group, patience = None, 2 * patience
         free = ray.available_resources().get("CPU", 0.0)
         raise ClusterError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
+from distrain import placement
 from distrain.config import WorkersConfig
 from distrain.errors import ClusterError
 from distrain.placement import bundle, check_local_room
@@ -32,6 +34,47 @@ def test_too_few_gpus_are_counted(monkeypatch: pytest.MonkeyPatch):
         check_local_room(WorkersConfig(count=3, gpus=0.5))
     room = check_local_room(WorkersConfig(count=2, gpus=0.5))
     assert (room.asked_gpus, room.there_gpus) == (1.0, 1.0)
+
+
+class Room:
+    """A placement group that never comes, but for one."""
+
+    def __init__(self, comes: bool) -> None:
+        self.comes = comes
+
+    def wait(self, timeout_seconds: float) -> bool:
+        if not self.comes:
+            time.sleep(timeout_seconds)
+        return self.comes
+
+
+@pytest.mark.parametrize("comes", [3, None])
+def test_a_ray_that_is_started_anew_for_room_takes_nothing_from_the_wait(
+    monkeypatch: pytest.MonkeyPatch, comes: int | None
+):
+    class Slow(placement.Cluster):
+        starts = 0
+
+        def _start_local(self) -> None:
+            self.starts += 1
+            if self.starts > 1:
+                time.sleep(0.5)
+
+    rooms = [Room(number == comes) for number in range(1, 9)]
+    monkeypatch.setattr(placement, "_RESERVE_SECONDS", 0.4)
+    monkeypatch.setattr(placement, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(placement, "placement_group", lambda *_, **__: rooms.pop(0))
+    lost = {"state": "PENDING", "stats": {"scheduling_state": "QUEUED"}}
+    monkeypatch.setattr(placement, "placement_group_table", lambda _: lost)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 0.0})
+    cluster = Slow("local", WorkersConfig(count=2))
+    if comes is None:
+        with pytest.raises(ClusterError, match=r"no room came free within 0.4 s: 0 of \d+ CPUs are free"):
+            cluster._await_room()
+        assert cluster.starts == 4  # after 0.05, 0.1 and 0.2 s of waiting
+    else:
+        assert cluster._await_room().comes and cluster.starts == 3
 
 
 def test_a_machine_without_gpus_says_so_before_ray_starts(tmp_path: Path):
