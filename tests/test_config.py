@@ -156,11 +156,12 @@ def test_python_users_get_the_same_errors_without_a_file():
         ({"model": {"name": "text", "vocabulary": 9, "heads": 8, "encoder": "transformer"}}, []),
         ({"schedule": {"name": "ReduceLROnPlateau"}},
          ["schedule counts for nothing: ReduceLROnPlateau goes by data.validation, and there is none"]),
+        ({"schedule": {"name": "ReduceLROnPlateau"}, "data": DATA}, []),
         ({}, []),
     ],
 )  # fmt: skip
 def test_what_counts_for_nothing_is_told(settings: dict, said: list[str]):
-    assert TrainConfig(data=DATA, **settings).without_effect == said
+    assert TrainConfig(**{"data": {"train": "rows", "label": "y"}, **settings}).without_effect == said
 
 
 @pytest.mark.parametrize("user", ["me", "me@example.com"])
