@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from distrain import __version__
+from distrain.config_file import setting
 from distrain.credentials import redacted
 from distrain.errors import CheckpointError
 from distrain.manifest import FORMAT, MANIFEST, read_manifest, seal
@@ -355,7 +356,7 @@ def as_overrides(config: Mapping[str, Any], keys: Collection[str]) -> list[str]:
             value, path = value[name], (*path, name)
         settings[path] = value
     outer = [path for path in settings if not any(path[:depth] in settings for depth in range(1, len(path)))]
-    return [f"{'.'.join(path)}={json.dumps(settings[path], ensure_ascii=False)}" for path in outer]
+    return [setting(".".join(path), settings[path]) for path in outer]
 
 
 def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[str]:

@@ -261,10 +261,11 @@ def sweep(
     distrain sweep jobs/digits.yaml --grid batch_size=64,256,1024 --grid workers.count=1,2 --target
     validation.accuracy=0.97
     """
+    from distrain.config_file import setting
     from distrain.study.grid import parse_grid, parse_target
 
     if grid:
-        overrides += (f"sweep.grid={json.dumps(parse_grid(grid))}",)
+        overrides += (setting("sweep.grid", parse_grid(grid)),)
     if target is not None:
         overrides += (parse_target(target),)
     if scale_lr is not None:
@@ -413,7 +414,9 @@ def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: 
     The current folder travels along (without Parquet files and checkpoints), so that CONFIG and your modules are there.
     """
     if name is not None:
-        overrides += (f"tracking.run_name={json.dumps(name, ensure_ascii=False)}", "resume=auto")
+        from distrain.config_file import setting
+
+        overrides += (setting("tracking.run_name", name), "resume=auto")
     _load(config, overrides)  # what is wrong with it is better said here than by the job
     from distrain.jobs import Jobs
 

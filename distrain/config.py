@@ -321,6 +321,11 @@ class ScheduleConfig(_OpenSection):
         0, description="Steps in which the rate rises linearly first"
     )
 
+    @property
+    def own_rate(self) -> str | None:
+        """The keyword by which the schedule goes in place of optimizer.lr; None where it goes by that."""
+        return {"OneCycleLR": "max_lr", "CyclicLR": "base_lr"}.get(self.name or "")
+
 
 class GradientNoiseConfig(_Section):
     """Simulated annealing: noise of variance eta / (1 + step)^gamma on each entry of the averaged gradient."""
@@ -569,7 +574,6 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        schedule = self.schedule.name if self.schedule is not None else None
         is_free = self.server.mode == "async" or self.server.quorum is not None
         if is_free and self.batch_size != "full" and self.resolved_shards > self.batch_size:
             raise ValueError(
@@ -594,8 +598,8 @@ class TrainConfig(_Section):
                     raise ValueError(f"{key} needs data.validation")
         if self.resume == "auto" and self.tracking.run_name is None:
             raise ValueError("resume: auto needs tracking.run_name, by which the run is found again")
-        if self.optimizer.scale_lr != "none" and schedule in ("OneCycleLR", "CyclicLR"):
-            raise ValueError(f"optimizer.scale_lr scales optimizer.lr, and {schedule} goes by its own max_lr")
+        if self.optimizer.scale_lr != "none" and self.schedule is not None and self.schedule.own_rate is not None:
+            raise ValueError(f"optimizer.scale_lr scales optimizer.lr, and {self.schedule.name} goes by its own max_lr")
         if self.restarts is not None and self.tracking.registered_model_name is not None:
             raise ValueError("restarts register no model: leave the name out, and register the best run's in MLflow")
         if self.model.name == "logistic" and self.loss.kind == "numbers":

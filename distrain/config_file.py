@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -13,6 +14,11 @@ import yaml
 from distrain.errors import ConfigError
 
 Key = tuple[str | int, ...]
+
+
+def setting(key: str, value: Any) -> str:
+    """The override that gives a dotted key this JSON-able value, whatever its characters: JSON is YAML."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
 
 
 class Document:

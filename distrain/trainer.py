@@ -37,7 +37,7 @@ from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLos
 from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
-from distrain.learning.schedules import has_end, rate_of_its_own, what_comes_after
+from distrain.learning.schedules import has_end, what_comes_after
 from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
@@ -208,8 +208,9 @@ class Trainer:
                     self._progress.note(line)
                 if is_superseded(self._checkpoint.path):
                     self._branch(self._checkpoint.path)
-            if "optimizer.lr" in changed and (keyword := rate_of_its_own(config.schedule)):
-                self._progress.note(f"optimizer.lr counts for nothing: the schedule goes by its own {keyword}")
+            own_rate = config.schedule.own_rate if config.schedule is not None else None
+            if "optimizer.lr" in changed and own_rate is not None:
+                self._progress.note(f"optimizer.lr counts for nothing: the schedule goes by its own {own_rate}")
             self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)

@@ -28,7 +28,6 @@ _ENDS = {  # the schedules for a number of updates: the keyword that says it, an
     "OneCycleLR": ("total_steps", "it has no learning rate, which ends the run"),
     "PolynomialLR": ("total_iters", "the learning rate is 0"),
 }
-_OWN_RATES = {"OneCycleLR": "max_lr", "CyclicLR": "base_lr"}
 
 
 def has_end(config: ScheduleConfig | None) -> bool:
@@ -36,16 +35,11 @@ def has_end(config: ScheduleConfig | None) -> bool:
     return config is not None and config.name in _ENDS
 
 
-def rate_of_its_own(config: ScheduleConfig | None) -> str:
-    """The keyword by which a schedule goes in place of the optimizer's learning rate; empty where it goes by that."""
-    return _OWN_RATES.get(config.name or "", "") if config is not None else ""
-
-
 def what_comes_after(config: ScheduleConfig | None, num_updates: int) -> str:
     """What a person should know of a run with more updates than its schedule is for; empty where it has not."""
-    if config is None or config.name not in _ENDS:
+    if config is None or not has_end(config):
         return ""
-    keyword, beyond = _ENDS[config.name]
+    keyword, beyond = _ENDS[str(config.name)]
     length = config.options.get(keyword) or _default_length(config.options)
     end = config.warmup_steps + length
     if num_updates <= end:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from distrain.config import TrainConfig
+from distrain.config_file import setting
 from distrain.errors import ConfigError, DistrainError, Interrupted, TrackingError
-from distrain.learning.schedules import rate_of_its_own
 from distrain.placement import Cluster
 from distrain.progress import SweepProgress
 from distrain.signals import StopSignals
@@ -57,7 +56,7 @@ class Sweep:
                 f"checkpoint.dir: sweeps and restarts keep their record and report in a local folder, not in "
                 f"{config.checkpoint.dir}: give one, as in checkpoint.dir=checkpoints"
             )
-        keyword = rate_of_its_own(config.schedule)
+        keyword = config.schedule.own_rate if config.schedule is not None else None
         if "optimizer.lr" in sweep.grid and keyword:
             raise ConfigError(f"the grid gives optimizer.lr, and the schedule has its own: sweep schedule.{keyword}")
         if config.tracking.registered_model_name is not None:
@@ -122,8 +121,8 @@ class Sweep:
             overrides = [
                 *point.overrides,
                 "sweep=null",
-                f"checkpoint.dir={json.dumps(str(self.folder), ensure_ascii=False)}",
-                f"tracking.run_name={json.dumps(point.slug, ensure_ascii=False)}",
+                setting("checkpoint.dir", str(self.folder)),
+                setting("tracking.run_name", point.slug),
                 *([] if self._resumes else ["resume=null"]),
             ]
             try:
