@@ -599,7 +599,10 @@ class TrainConfig(_Section):
         if self.resume == "auto" and self.tracking.run_name is None:
             raise ValueError("resume: auto needs tracking.run_name, by which the run is found again")
         if self.optimizer.scale_lr != "none" and self.schedule is not None and self.schedule.own_rate is not None:
-            raise ValueError(f"optimizer.scale_lr scales optimizer.lr, and {self.schedule.name} goes by its own max_lr")
+            own_rate = self.schedule.own_rate
+            raise ValueError(
+                f"optimizer.scale_lr scales optimizer.lr, and {self.schedule.name} goes by its own {own_rate}"
+            )
         if self.restarts is not None and self.tracking.registered_model_name is not None:
             raise ValueError("restarts register no model: leave the name out, and register the best run's in MLflow")
         if self.model.name == "logistic" and self.loss.kind == "numbers":
@@ -707,6 +710,9 @@ class TrainConfig(_Section):
                 f"model.{key} counts for nothing: encoder: {model.encoder} has none"
                 for key in _set_without_effect(model, _ENCODER_OPTIONS, model.encoder)
             ]
+        own_rate = self.schedule.own_rate if self.schedule is not None else None
+        if own_rate is not None and self.optimizer.lr != OptimizerConfig.model_fields["lr"].default:
+            lines.append(f"optimizer.lr counts for nothing: the schedule goes by its own {own_rate}")
         if self.schedule is not None and self.schedule.name == "ReduceLROnPlateau" and self.data.validation is None:
             lines.append("schedule counts for nothing: ReduceLROnPlateau goes by data.validation, and there is none")
         return lines

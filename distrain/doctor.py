@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -19,6 +20,7 @@ from distrain.errors import ClusterError, DistrainError
 from distrain.exchange.layout import Layout
 from distrain.exchange.memory import SharedBuffer
 from distrain.jobs import Jobs
+from distrain.learning.fit import check_task
 from distrain.learning.task import build_task
 from distrain.objects import ObjectPath, write_file
 from distrain.placement import Cluster, check_local_room, token_source
@@ -50,7 +52,7 @@ class Finding:
 
 
 def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> Iterator[Finding]:
-    """Look at versions, cluster, token, shared memory, data, tracking and checkpoints, and say what is found at once.
+    """Look at versions, cluster, token, shared memory, data, model, tracking and checkpoints: a finding each, at once.
 
     Without `config`: what can be looked at without one. `dashboard`: that of the cluster that jobs are submitted to;
     None: RAY_API_SERVER_ADDRESS, and where that is not set, the cluster that a run here would use. Nothing is left
@@ -65,10 +67,13 @@ def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> 
         yield cluster(config.cluster.address if config is not None else None, workers)
     yield token()
     yield shared_memory()
-    preparation = None
+    checkpoint_bytes = None
     if config is not None:
         finding, preparation = data(config)
         yield finding
+        if preparation is not None:
+            finding, checkpoint_bytes = model(preparation)
+            yield finding
     tracked = config.tracking if config is not None else TrackingConfig()
     kept = config.checkpoint if config is not None else CheckpointConfig()
     is_job = dashboard is not None  # which takes the cluster's stores, unless it names its own
@@ -76,7 +81,7 @@ def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> 
     if is_job and not _names(kept, "dir"):
         yield of_cluster("checkpoints", "DISTRAIN_CHECKPOINT_DIR")
     else:
-        yield checkpoints(kept, _checkpoint_bytes(preparation))
+        yield checkpoints(kept, checkpoint_bytes)
 
 
 def versions(requirements: list[str] | None = None) -> Finding:
@@ -190,6 +195,26 @@ def data(config: TrainConfig) -> tuple[Finding, Preparation | None]:
     return Finding("data", OK, f"{message}; {found.train.plan.steps_per_epoch:,} steps an epoch"), found
 
 
+def model(preparation: Preparation) -> tuple[Finding, int | None]:
+    """Whether the model can be built and what it puts out fits the loss; and the bytes of one checkpoint, in which are
+    the parameters and two values of an optimizer like Adam for each."""
+    train = preparation.train
+    try:
+        task = build_task(preparation.task)
+        check_task(task, train.dataset, train.plan.smallest_forward)
+        layout = Layout.of(task.model)
+    except DistrainError as error:
+        return Finding(
+            "model", FAILED, error.message, "distrain config CONFIG shows its settings", error.exit_code
+        ), None
+    except Exception as error:  # whatever the code of a factory raises
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        return Finding("model", FAILED, message, "the code of model.factory or loss.factory raises this", 2), None
+    num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    return Finding("model", OK, f"{num_parameters:,} parameters"), 3 * layout.vector_bytes
+
+
 def of_cluster(subject: str, variable: str) -> Finding:
     """What the cluster's environment says and this one does not know."""
     return Finding(subject, OK, f"not looked at from here: the cluster's {variable} says where, or its default")
@@ -243,16 +268,6 @@ def _local_checkpoints(config: CheckpointConfig, folder: Path, one_bytes: int | 
     if free < needed:
         return Finding("checkpoints", WARNING, message, f"make room, keep fewer (checkpoint.keep), or {advice}")
     return Finding("checkpoints", OK, message)
-
-
-def _checkpoint_bytes(preparation: Preparation | None) -> int | None:
-    """What one checkpoint takes: parameters, and two values of an optimizer like Adam for each."""
-    if preparation is None:
-        return None
-    try:
-        return 3 * Layout.of(build_task(preparation.task).model).vector_bytes
-    except DistrainError:  # the model cannot be built: not a matter of room
-        return None
 
 
 def _names(config: TrackingConfig | CheckpointConfig, key: str) -> bool:

@@ -11,7 +11,7 @@ from distrain.errors import DistrainError
 from distrain.exchange.layout import Layout
 from distrain.learning.fit import check_task
 from distrain.learning.optimizers import build_optimizer
-from distrain.learning.schedules import build_schedule, what_comes_after
+from distrain.learning.schedules import build_schedule
 from distrain.learning.task import build_task
 from distrain.placement import Cluster, Resources, check_local_room
 from distrain.preparation import Preparation, prepare
@@ -35,11 +35,7 @@ def preview(config: TrainConfig) -> Preview:
     layout = Layout.of(model)
     num_parameters = sum(p.numel() for p in model.parameters())
     plan = preparation.train.plan
-    steps = config.epochs * preparation.updates_per_epoch
-    total_steps = min(steps, config.max_steps) if config.max_steps is not None else steps
     where, asked, there, warnings = _resources(config)
-    beyond = what_comes_after(config.schedule, total_steps)
-    warnings = (*warnings, *config.without_effect, *([beyond] if beyond else []))
     return Preview(
         files=_files(preparation),
         num_rows=plan.num_rows,
@@ -51,7 +47,7 @@ def preview(config: TrainConfig) -> Preview:
         smallest_microbatch=plan.smallest_forward,
         steps_per_epoch=preparation.updates_per_epoch,
         epochs=config.epochs,
-        total_steps=total_steps,
+        total_steps=preparation.total_steps,
         num_parameters=num_parameters,
         num_workers=config.workers.count,
         worker_bytes=_worker_bytes(config, preparation, layout),
@@ -65,7 +61,7 @@ def preview(config: TrainConfig) -> Preview:
         cluster=where,
         asked=asked,
         there=there,
-        warnings=warnings,
+        warnings=(*warnings, *preparation.warnings),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from distrain.config import TrainConfig
@@ -11,6 +12,7 @@ from distrain.errors import ConfigError, DataError
 from distrain.learning.fit import check_task, num_outputs
 from distrain.learning.metrics import Metrics
 from distrain.learning.models import check_features
+from distrain.learning.schedules import what_comes_after
 from distrain.learning.task import TaskSpec, build_task
 from distrain.worker import Source
 
@@ -23,6 +25,8 @@ class Preparation:
     validation: Source | None
     task: TaskSpec
     updates_per_epoch: int  # with a quorum, the fewest
+    total_steps: int  # after which the run ends, if nothing ends it before
+    warnings: tuple[str, ...]  # of settings that count for nothing, and of a schedule that ends before the run
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
@@ -66,7 +70,9 @@ def prepare(config: TrainConfig) -> Preparation:
         image_shape=dataset.columns.image_shape,
     )
     updates = train.plan.num_microbatches if config.server.mode == "async" else train.plan.steps_per_epoch
-    return Preparation(train, validation, task, updates)
+    total = min(config.epochs * updates, config.max_steps or sys.maxsize)
+    beyond = what_comes_after(config.schedule, total)
+    return Preparation(train, validation, task, updates, total, (*config.without_effect, *([beyond] if beyond else [])))
 
 
 def check_own_code(preparation: Preparation) -> None:

@@ -37,7 +37,7 @@ from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLos
 from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
-from distrain.learning.schedules import has_end, what_comes_after
+from distrain.learning.schedules import has_end
 from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
@@ -208,17 +208,12 @@ class Trainer:
                     self._progress.note(line)
                 if is_superseded(self._checkpoint.path):
                     self._branch(self._checkpoint.path)
-            own_rate = config.schedule.own_rate if config.schedule is not None else None
-            if "optimizer.lr" in changed and own_rate is not None:
-                self._progress.note(f"optimizer.lr counts for nothing: the schedule goes by its own {own_rate}")
             self._note_other_bits(self._checkpoint)
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
-        steps = config.epochs * preparation.updates_per_epoch
-        self._last_step = min(steps, config.max_steps) if config.max_steps is not None else steps
-        for line in [*config.without_effect, what_comes_after(config.schedule, self._last_step)]:
-            if line:
-                self._progress.note(line)
+        self._last_step = preparation.total_steps
+        for line in preparation.warnings:
+            self._progress.note(line)
         tracker = make_tracker(config.tracking, self._description(preparation), str(self._folder), self._progress.note)
         tracker.open()  # which takes as long as Ray does, and a core that Ray leaves idle
         self._progress.phase("starting Ray")

@@ -157,6 +157,8 @@ def test_python_users_get_the_same_errors_without_a_file():
         ({"schedule": {"name": "ReduceLROnPlateau"}},
          ["schedule counts for nothing: ReduceLROnPlateau goes by data.validation, and there is none"]),
         ({"schedule": {"name": "ReduceLROnPlateau"}, "data": DATA}, []),
+        ({"schedule": {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1.0}, "optimizer": {"name": "SGD", "lr": 0.5}},
+         ["optimizer.lr counts for nothing: the schedule goes by its own base_lr"]),
         ({}, []),
     ],
 )  # fmt: skip

@@ -39,7 +39,7 @@ def test_all_is_well(tmp_path: Path):
     said = distrain("doctor", "job.yaml", cwd=tmp_path, timeout_s=240)
     assert said.code == 0, said.stdout + said.stderr
     lines = said.stdout.splitlines()
-    subjects = ["versions", "cluster", "token", "shared memory", "data", "tracking", "checkpoints"]
+    subjects = ["versions", "cluster", "token", "shared memory", "data", "model", "tracking", "checkpoints"]
     assert [line[9:24].strip() for line in lines if not line.startswith(" ")] == subjects
     assert "300 rows in 2 files, 90 for validation; 10 steps an epoch" in said.stdout
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "mlflow.db").exists()
@@ -194,6 +194,27 @@ def test_tracking():
 def test_too_many_workers_for_this_machine():
     found = doctor.cluster("local", WorkersConfig(count=10_000))
     assert found.verdict == "failed" and found.exit_code == ClusterError.exit_code and "ask for less" in found.advice
+
+
+def test_a_model_that_cannot_be_built_or_does_not_fit_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken_models.py").write_text(
+        "from torch import nn\n\ndef raises():\n    raise KeyError('size')\n\n"
+        "def narrow():\n    return nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    job = write_job(tmp_path)
+
+    def found(factory: str) -> doctor.Finding:
+        settings = [f"model={{factory: 'broken_models:{factory}'}}", "data.standardize=false", "workers.count=1"]
+        said = {each.subject: each for each in doctor.examine(load_config(job, settings))}
+        assert said["checkpoints"].verdict == "ok"
+        return said["model"]
+
+    raised = found("raises")
+    assert (raised.verdict, raised.exit_code) == ("failed", 2)
+    assert raised.message == f"KeyError: 'size' ({tmp_path / 'broken_models.py'}, line 4)"
+    narrow = found("narrow")
+    assert narrow.verdict == "failed" and "got (6,) and (2,)" in narrow.message, narrow
 
 
 def test_a_column_that_is_not_there(tmp_path: Path):
