@@ -18,7 +18,7 @@ from distrain.data.location import Location
 from distrain.data.predictions import OutputColumns, PredictionFile, all_or_nothing, kept_fields, target_files
 from distrain.data.ragged import Batch, cut, pad
 from distrain.errors import ConfigError, DataError, DistrainError, TrainingError
-from distrain.learning.fit import num_outputs
+from distrain.learning.fit import check_labels
 from distrain.learning.model_state import restore_model
 from distrain.learning.models import forward
 from distrain.learning.task import Task, TaskSpec, build_task
@@ -42,8 +42,7 @@ def evaluate(
     config = TrainConfig.from_mapping(checkpoint.manifest["config"])
     rows = batch_rows(config, batch_size)
     dataset = open_data(checkpoint, config, _validation_data(config) if data is None else data, with_labels=True)
-    known = config.model.model_copy(update={"outputs": checkpoint.manifest["num_outputs"]})
-    num_outputs(known, config.loss, dataset)  # refuses labels that do not fit, as far as footers tell
+    check_labels(config.model, config.loss, checkpoint.manifest["num_outputs"], dataset)
     task = restored_task(checkpoint, config)
     loss = weight = 0.0
     sums = torch.zeros(task.metrics.num_sums, dtype=torch.float64)
@@ -71,7 +70,8 @@ def predict(
     batch_size: int | None = None,
     root: str | Path = "checkpoints",
 ) -> list[Path]:
-    """Write a checkpoint's predictions for `data`, in the order of its rows. The label need not be in the data.
+    """Write a checkpoint's predictions for `data`, in the order of its rows. The label need not be in the data;
+    a transform is given it where it is.
 
     `output` is a file (its name ends in .parquet), or a folder that gets a file for each input file, of the same name.
     `columns` are input columns to copy in front of the predictions; what those are says `OutputColumns`, which takes

@@ -9,7 +9,7 @@ from distrain.config import TrainConfig
 from distrain.data.dataset import open_dataset
 from distrain.data.plan import Plan
 from distrain.errors import ConfigError, DataError
-from distrain.learning.fit import check_task, num_outputs
+from distrain.learning.fit import check_labels, check_task, num_outputs
 from distrain.learning.metrics import Metrics
 from distrain.learning.models import check_features
 from distrain.learning.schedules import what_comes_after
@@ -26,7 +26,7 @@ class Preparation:
     task: TaskSpec
     updates_per_epoch: int  # with a quorum, the fewest
     total_steps: int  # after which the run ends, if nothing ends it before
-    warnings: tuple[str, ...]  # of settings that count for nothing, and of a schedule that ends before the run
+    warnings: tuple[str, ...]  # of settings that count for nothing, a schedule that ends early, columns left out
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
@@ -41,7 +41,7 @@ def prepare(config: TrainConfig) -> Preparation:
     """Open the data sets and plan the run.
 
     Raises DataError for data that cannot be used, ConfigError for a loss that does not fit the label, or a model
-    that does not fit the features.
+    or `standardize` that does not fit the features.
     """
     _check_metrics(config)
     shards = config.resolved_shards
@@ -51,12 +51,16 @@ def prepare(config: TrainConfig) -> Preparation:
             f"{dataset.source}: every feature is constant over all {dataset.num_rows:,} rows: there is nothing to learn"
         )
     check_features(config.model, dataset.columns.num_features, dataset.columns.image_shape)
+    if config.data.standardize and dataset.columns.image_shape is not None:
+        raise ConfigError("data.standardize: the pixels of encoded images are scaled to 0..1 already; leave it out")
+    outputs = num_outputs(config.model, config.loss, dataset)
     rows = config.step_rows(sum(dataset.row_counts))
     plan = Plan(dataset.row_counts, rows, shards, config.data.shuffle_rows, config.seed, True, config.forward_rows)
     train = Source(dataset, plan)
     validation = None
     if config.data.validation is not None:
         held_out = open_dataset(config.data.validation, config.data, like=dataset)
+        check_labels(config.model, config.loss, outputs, held_out)
         rows = config.validation.batch_size or config.step_rows(sum(held_out.row_counts))
         plan = Plan(held_out.row_counts, rows, shards, config.data.shuffle_rows, 0, False, config.forward_rows)
         validation = Source(held_out, plan)
@@ -64,7 +68,7 @@ def prepare(config: TrainConfig) -> Preparation:
         model=config.model,
         loss=config.loss,
         num_features=dataset.columns.num_features,
-        num_outputs=num_outputs(config.model, config.loss, dataset),
+        num_outputs=outputs,
         standardize=config.data.standardize,
         seed=config.seed,
         image_shape=dataset.columns.image_shape,
@@ -72,7 +76,8 @@ def prepare(config: TrainConfig) -> Preparation:
     updates = train.plan.num_microbatches if config.server.mode == "async" else train.plan.steps_per_epoch
     total = min(config.epochs * updates, config.max_steps or sys.maxsize)
     beyond = what_comes_after(config.schedule, total)
-    return Preparation(train, validation, task, updates, total, (*config.without_effect, *([beyond] if beyond else [])))
+    warnings = (*config.without_effect, *([beyond] if beyond else []), *dataset.left_out)
+    return Preparation(train, validation, task, updates, total, warnings)
 
 
 def check_own_code(preparation: Preparation) -> None:

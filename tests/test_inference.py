@@ -307,6 +307,35 @@ def two_inputs(batch: pa.RecordBatch) -> dict[str, Tensor]:
     return tensors
 
 
+def as_documented(batch: pa.RecordBatch) -> dict[str, Tensor]:
+    return {name: torch.tensor(batch.column(column).to_numpy()) for name, column in (("left", "a"), ("label", "y"))}
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, left: Tensor) -> Tensor:
+        return left * self.scale
+
+
+def test_a_transform_gets_the_label_where_the_data_hold_it(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data={"train": "gone", "features": ["a"], "label": "y", "transform": f"{__name__}:as_documented"},
+        model={"factory": f"{__name__}:Twice"},
+        loss="mse",
+    )
+    checkpoint = checkpoint_of(tmp_path, Twice(), config, ["a"], None, 1)
+    write(tmp_path / "in" / "1.parquet", {"a": [1.0, 2.0], "y": [5.0, 6.0]})
+    predict(checkpoint, str(tmp_path / "in"), tmp_path / "out.parquet", ["y", "a"])
+    expected = {"y": [5.0, 6.0], "a": [1.0, 2.0], "prediction": [2.0, 4.0]}
+    assert pq.read_table(tmp_path / "out.parquet").to_pydict() == expected
+    write(tmp_path / "in" / "2.parquet", {"a": [3.0]})  # without it: now it is hidden in every file
+    with pytest.raises(TrainingError, match=r"1\.parquet: row group 0: data.transform .* raised KeyError"):
+        predict(checkpoint, str(tmp_path / "in"), tmp_path / "out.parquet")
+
+
 def total(outputs: Tensor, label: Tensor) -> Tensor:
     return (outputs.sum(1) - label) ** 2
 

@@ -40,13 +40,13 @@ def is_number_list(kind: pa.DataType) -> bool:
 
 
 def type_name(kind: pa.DataType) -> str:
-    """A type as text. What writers differ in, the name and nullability of a list's element, is left out."""
-    field = pa.field("element", kind.value_type) if is_number_list(kind) else None
-    if field is None:
-        return str(kind)
+    """A type as text. What writers differ in is left out: the name and nullability of a list's element, and how many
+    bits count the elements of a list, a string or a binary."""
     if pa.types.is_fixed_size_list(kind):
-        return str(pa.list_(field, kind.list_size))
-    return str(pa.large_list(field) if pa.types.is_large_list(kind) else pa.list_(field))
+        return f"fixed_size_list<element: {type_name(kind.value_type)}>[{kind.list_size}]"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"list<element: {type_name(kind.value_type)}>"
+    return str(kind).removeprefix("large_")
 
 
 @dataclass(frozen=True)

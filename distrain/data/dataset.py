@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from fnmatch import fnmatch
 from functools import cached_property
 from math import prod
 from urllib.parse import unquote
@@ -17,16 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distrain.config import DataConfig
-from distrain.data.columns import Columns, is_number, is_number_list, type_name
+from distrain.data.columns import Columns
 from distrain.data.files import filesystem, find_files
-from distrain.data.images import Shape, image_shape, is_encoded
+from distrain.data.images import Shape, image_shape
 from distrain.data.location import Location
 from distrain.data.ragged import RawBatch
+from distrain.data.schema import check_columns, choose_columns, left_out
 from distrain.errors import DataError
 
 _FOOTER_THREADS = 8
 _BATCH_BYTES = 2 << 20  # of one decoded batch: small enough for the cache
 _BUFFER_BYTES = 1 << 20
+_VALUE_BYTES = 4  # of a number, as float32
 _READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
 
 
@@ -46,7 +45,7 @@ class RowGroup:
     file: int
     index: int
     num_rows: int
-    num_bytes: int
+    num_bytes: int  # of the columns read, decoded
     label_min: int | None = None  # of one integer label column, where the footer says
     label_max: int | None = None
 
@@ -61,6 +60,7 @@ class Dataset:
     columns: Columns
     fingerprint: str
     is_constant: bool = False  # every feature has one value in all rows, as the footers say
+    left_out: tuple[str, ...] = ()  # columns that nobody named and that are no features: a line for each reason
 
     @cached_property
     def row_counts(self) -> tuple[int, ...]:
@@ -135,7 +135,9 @@ class Dataset:
             parquet = pq.ParquetFile(
                 source, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             )
-            row_bytes = max(1, group.num_bytes // max(1, group.num_rows), prod(self.columns.image_shape or (0,)))
+            beside = _leaves(parquet.metadata.row_group(group.index), {*also} - {*self.columns.read})
+            num_bytes = group.num_bytes + sum(_num_bytes(column) for _, column in beside)
+            row_bytes = max(1, num_bytes // max(1, group.num_rows), prod(self.columns.image_shape or (0,)))
             batch_rows = max(256, min(65536, _BATCH_BYTES // row_bytes))
             yield from parquet.iter_batches(
                 batch_rows,
@@ -155,20 +157,20 @@ def open_dataset(
     """Open a data set by reading every file's footer.
 
     `like`: a data set whose columns this one must have (validation has the training set's). `with_labels=False` opens
-    rows without their label, for prediction. With a `vocabulary` features are lists of token ids below it, of any
-    length. Raises DataError naming file and column.
+    rows for prediction, which need no label: only a transform is given it, where every file has it. With a `vocabulary`
+    features are lists of token ids below it, of any length. Raises DataError naming file and column.
     """
     found = find_files(paths)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda entry: _footer(entry[0]), found))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     first_path, first = found[0][0], schemas[0]
-    columns = like.columns if like is not None else _choose(first, first_path, data, with_labels, vocabulary)
-    wanted = columns.read if with_labels else columns.features
-    for (path, _), schema in zip(found, schemas, strict=True):
-        _compare(path, schema, dict(columns.types), wanted, first_path if like is None else like.files[0].path)
+    columns = like.columns if like is not None else choose_columns(first, first_path, data, with_labels, vocabulary)
     if not with_labels:
-        columns = replace(columns, labels=(), label_is_integer=False, weight=None)
+        is_shown = columns.transform is not None and all({*columns.labels} <= {*schema.names} for schema in schemas)
+        columns = replace(columns, labels=columns.labels if is_shown else (), label_is_integer=False, weight=None)
+    for (path, _), schema in zip(found, schemas, strict=True):
+        check_columns(path, schema, columns, first_path if like is None else like.files[0].path)
     label = columns.labels[0] if len(columns.labels) == 1 and columns.label_is_integer else None
     files = tuple(DataFile(path, size, footer.num_rows) for (path, size), footer in zip(found, footers, strict=True))
     groups = tuple(
@@ -182,7 +184,8 @@ def open_dataset(
         raise DataError(f"{source}: {len(files)} files, and no rows in them")
     if columns.transform is None and columns.num_features is None and not columns.ragged:
         dataset = replace(dataset, columns=_with_width(dataset))
-    return replace(dataset, is_constant=_is_constant(footers, columns))
+    unused = left_out(first, [path for path, _ in found], columns) if like is None and data.features is None else ()
+    return replace(dataset, is_constant=_is_constant(footers, columns), left_out=unused)
 
 
 def _is_constant(footers: list[pq.FileMetaData], columns: Columns) -> bool:
@@ -224,148 +227,39 @@ def _footer(path: str) -> pq.FileMetaData:
         raise DataError(f"{path}: not a readable Parquet file: {_said(error)}") from error
 
 
-def _choose(schema: pa.Schema, path: str, data: DataConfig, with_labels: bool, vocabulary: int | None) -> Columns:
-    """Features and labels, from the first file's schema."""
-    labels = (data.label,) if isinstance(data.label, str) else tuple(data.label)
-    names = Counter(schema.names)
-    if with_labels:
-        for name in labels:
-            _check_there(names, name, path, "data.label")
-        if data.weight is not None:
-            _check_there(names, data.weight, path, "data.weight")
-            if data.weight in labels:
-                raise DataError(f"{path}: column {data.weight!r} is both the label and the weight")
-    features = _features(schema, path, data, labels)
-    beside = labels if data.weight is None else (*labels, data.weight)
-    kinds = {name: schema.field(name).type for name in (*features, *beside) if name in names}
-    is_list = is_image = False
-    ragged = data.ragged or vocabulary is not None
-    width: int | None = len(features)
-    if data.transform is None:
-        is_list = len(features) == 1 and is_number_list(kinds[features[0]])
-        is_image = len(features) == 1 and is_encoded(kinds[features[0]])
-        _check_ragged(path, data, features, kinds, vocabulary)
-        for name in features:
-            if not is_list and not is_image and not is_number(kinds[name]):
-                what = "a list" if is_number_list(kinds[name]) else "an image" if is_encoded(kinds[name]) else None
-                hint = f"; {what} column must be the only feature" if what is not None else ""
-                raise DataError(
-                    f"{path}: column {name!r} is {kinds[name]}: features are integer, float or bool columns, or one "
-                    f"list column of them, or one column of encoded images (binary){hint}"
-                )
-        for name in labels if with_labels else ():
-            if not is_number(kinds[name]):
-                raise DataError(f"{path}: column {name!r} is {kinds[name]}: a label is an integer, float or bool")
-    if with_labels and data.weight is not None and not is_number(kinds[data.weight]):
-        raise DataError(
-            f"{path}: column {data.weight!r} is {kinds[data.weight]}: a weight is an integer, float or bool"
-        )
-    if data.transform is not None or is_image or ragged:
-        width = None
-    elif is_list:
-        fixed = pa.types.is_fixed_size_list(kinds[features[0]])
-        width = kinds[features[0]].list_size if fixed else None
-        if width == 0:
-            raise DataError(f"{path}: column {features[0]!r} is {kinds[features[0]]}: its lists hold no values")
-    return Columns(
-        features=features,
-        labels=labels,
-        types=tuple((name, type_name(kind)) for name, kind in kinds.items()),
-        num_features=width,
-        feature_list=is_list,
-        label_is_integer=len(labels) == 1 and with_labels and bool(pa.types.is_integer(kinds[labels[0]])),
-        transform=data.transform,
-        weight=data.weight if with_labels else None,
-        ragged=ragged,
-        vocabulary=vocabulary,
-    )
-
-
-def _check_ragged(
-    path: str, data: DataConfig, features: tuple[str, ...], kinds: dict[str, pa.DataType], vocabulary: int | None
-) -> None:
-    """Rows of different length come from one list column; token ids are integers."""
-    if not data.ragged and vocabulary is None:
-        return
-    key, of = ("model: text", "integers") if vocabulary is not None else ("data.ragged", "numbers")
-    kind = kinds[features[0]]
-    good = len(features) == 1 and is_number_list(kind)
-    if not good or (vocabulary is not None and not pa.types.is_integer(kind.value_type)):
-        raise DataError(
-            f"{path}: {key} takes one column of lists of {of} (data.features), and not "
-            + ", ".join(f"{name!r}, {kinds[name]}" for name in features[:3])
-        )
-
-
-def _features(schema: pa.Schema, path: str, data: DataConfig, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """The feature columns that the configuration names."""
-    beside = labels if data.weight is None else (*labels, data.weight)
-    others = [name for name in schema.names if name not in beside]
-    if data.features is None:
-        kinds = zip(schema.names, schema.types, strict=True)
-        chosen = [n for n, kind in kinds if n not in beside and (data.transform is not None or is_number(kind))]
-        if not chosen:
-            raise DataError(f"{path}: no integer, float or bool column beside the label; name one in data.features")
-    elif isinstance(data.features, str) and set("*?[") & set(data.features):
-        chosen = [name for name in others if fnmatch(name, data.features)]
-        if not chosen:
-            raise DataError(f"{path}: data.features {data.features!r} matches none of the columns {_listed(others)}")
-    else:
-        chosen = [data.features] if isinstance(data.features, str) else list(data.features)
-    names, times = Counter(schema.names), Counter(chosen)
-    for name in chosen:
-        _check_there(names, name, path, "data.features")
-        if name in beside:
-            raise DataError(
-                f"{path}: column {name!r} is both a feature and the {'label' if name in labels else 'weight'}"
-            )
-        if times[name] > 1:
-            raise DataError(f"{path}: data.features names column {name!r} more than once")
-    return tuple(chosen)
-
-
-def _check_there(names: Counter[str], name: str, path: str, key: str) -> None:
-    count = names[name]
-    if count == 0:
-        near = get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {_listed([*names])}"
-        raise DataError(f"{path}: no column {name!r} ({key}){hint}")
-    if count > 1:
-        raise DataError(f"{path}: column {name!r} is there {count} times; names must be unique")
-
-
-def _compare(path: str, schema: pa.Schema, types: dict[str, str], wanted: tuple[str, ...], first: str) -> None:
-    """Every file must have the columns, with the first file's types: pyarrow would fill in nulls or cast."""
-    names = Counter(schema.names)
-    for name in wanted:
-        _check_there(names, name, path, f"as in {first}")
-        kind = type_name(schema.field(name).type)
-        if kind != types[name]:
-            raise DataError(f"{path}: column {name!r} is {kind}, and {types[name]} in {first}")
-
-
 def _row_group(
     file: int, path: str, footer: pq.FileMetaData, index: int, columns: Columns, label: str | None
 ) -> RowGroup:
     group = footer.row_group(index)
     num_bytes, low, high = 0, None, None
-    wanted = set(columns.read)
-    for number in range(group.num_columns):
-        column = group.column(number)
-        name = column.path_in_schema.split(".")[0]
-        if name in wanted or column.path_in_schema in wanted:
-            num_bytes += column.total_uncompressed_size
-            is_flat = column.path_in_schema in wanted
-            if column.num_values < group.num_rows or (is_flat and column.num_values > group.num_rows):
-                raise DataError(
-                    f"{Location(path, index)}, column {name!r}: the footer says {group.num_rows} rows, and "
-                    f"{column.num_values} values: the file is damaged"
-                )
-        if column.path_in_schema == label:
-            statistics = column.statistics
-            if statistics is not None and statistics.has_min_max:
-                low, high = int(statistics.min), int(statistics.max)
+    for name, column in _leaves(group, set(columns.read)):
+        num_bytes += _num_bytes(column)
+        is_flat = column.path_in_schema == name
+        if column.num_values < group.num_rows or (is_flat and column.num_values > group.num_rows):
+            raise DataError(
+                f"{Location(path, index)}, column {name!r}: the footer says {group.num_rows} rows, and "
+                f"{column.num_values} values: the file is damaged"
+            )
+        statistics = column.statistics if column.path_in_schema == label else None
+        if statistics is not None and statistics.has_min_max:
+            low, high = int(statistics.min), int(statistics.max)
     return RowGroup(file, index, group.num_rows, num_bytes, low, high)
+
+
+def _leaves(group: pq.RowGroupMetaData, wanted: set[str]) -> Iterator[tuple[str, pq.ColumnChunkMetaData]]:
+    """What a row group stores of the columns wanted: each one's name, which may have dots, and its parts."""
+    for number in range(group.num_columns) if wanted else ():
+        column = group.column(number)
+        name = column.path_in_schema
+        while name and name not in wanted:
+            name = name.rpartition(".")[0]
+        if name:
+            yield name, column
+
+
+def _num_bytes(column: pq.ColumnChunkMetaData) -> int:
+    """How much memory a column takes, about: values that repeat lie in the file in less."""
+    return int(max(column.total_uncompressed_size, column.num_values * _VALUE_BYTES))
 
 
 def _with_width(dataset: Dataset) -> Columns:
@@ -404,11 +298,6 @@ def _fingerprint(files: tuple[DataFile, ...], groups: tuple[RowGroup, ...], colu
 def _name(path: str) -> str:
     """A file's own name, the same whether it is reached by path or by URI."""
     return unquote(path.partition("?")[0].rpartition("/")[2]) if "://" in path else path.rpartition("/")[2]
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:10])
-    return f"{shown}, ... ({len(names)} columns)" if len(names) > 10 else shown
 
 
 def _said(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from distrain.errors import DataError
 
 _GLOB = frozenset("*?[")
 _URI_SAFE = "/:=@+,;!$&'()*~"
+_TABLE_LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 
 
 def filesystem(source: str) -> tuple[fs.FileSystem, str]:
@@ -33,7 +34,8 @@ def filesystem(source: str) -> tuple[fs.FileSystem, str]:
 def find_files(sources: str | Iterable[str]) -> list[tuple[str, int]]:
     """The Parquet files that `sources` name, as (path or URI, bytes), in a fixed order.
 
-    Raises DataError for a path that is missing, an empty folder, or a glob that matches nothing.
+    Raises DataError for a path that is missing, an empty folder, a glob that matches nothing, or the folder of a table
+    (Delta Lake, Hudi, Iceberg), where not every file counts.
     """
     found: list[tuple[str, int]] = []
     for source in [sources] if isinstance(sources, str) else sources:
@@ -72,17 +74,20 @@ def _find(source: str) -> list[tuple[str, int]]:
         entries = [entry for entry in files.get_file_info(selector) if entry.type == fs.FileType.File]
     except OSError as error:
         raise DataError(f"{source}: cannot be listed: {_first_line(error)}") from error
-    if is_glob:
-        patterns = [part for part in base.split("/")[_fixed_parts(base) :] if part]
-        inside = len(PurePosixPath(path).parts)
-        entries = [entry for entry in entries if _match(PurePosixPath(entry.path).parts[inside:], patterns)]
-        if not entries:
-            raise DataError(f"{source}: matches no file")
-    else:
-        # What starts with _ or . is bookkeeping of whoever wrote the folder, by Parquet's convention.
-        entries = [e for e in entries if not any(p[0] in "_." for p in PurePosixPath(e.path[len(path) :]).parts[1:])]
-        if not entries:
-            raise DataError(f"{source}: the folder holds no files")
+    patterns = [part for part in base.split("/")[_fixed_parts(base) :] if part] if is_glob else ["**"]
+    inside = len(PurePosixPath(path).parts)
+    parts = {entry.path: PurePosixPath(entry.path).parts[inside:] for entry in entries}
+    entries = [entry for entry in entries if _match(parts[entry.path], patterns)]
+    if not entries:
+        raise DataError(f"{source}: {'matches no file' if is_glob else 'the folder holds no files'}")
+    tables = dict(filter(None, map(_table, parts.values())))
+    for inner in (parts[entry.path] for entry in entries if tables):
+        table = next((inner[:depth] for depth in range(len(inner)) if inner[:depth] in tables), None)
+        if table is not None:
+            raise DataError(
+                f"{uri('/'.join((path, *table)))}: a table of {tables[table]}, whose folder holds rows too that were "
+                "replaced or deleted: write its rows to plain Parquet files, or list the files that count"
+            )
     return sorted((uri(entry.path), entry.size) for entry in entries)
 
 
@@ -96,13 +101,26 @@ def _fixed_parts(path: str) -> int:
     return next(index for index, part in enumerate(path.split("/")) if _GLOB & set(part))
 
 
+def _table(parts: tuple[str, ...]) -> tuple[tuple[str, ...], str] | None:
+    """The folder of a table whose log a file belongs to, and which kind of table it is."""
+    for depth, part in enumerate(parts[:-1]):
+        if part in _TABLE_LOGS:
+            return parts[:depth], _TABLE_LOGS[part]
+    is_iceberg = parts[-2:-1] == ("metadata",) and parts[-1].endswith(".metadata.json")
+    return (parts[:-2], "Iceberg") if is_iceberg else None
+
+
 def _match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    """Component by component, so that * does not cross folders; ** does."""
+    """Component by component, so that * does not cross folders; ** does. What begins with _ or . is bookkeeping of
+    whoever wrote the folder, by Parquet's convention: only a pattern that begins likewise matches it."""
     if not patterns:
         return not parts
     if patterns[0] == "**":
-        return any(_match(parts[skip:], patterns[1:]) for skip in range(len(parts) + 1))
-    return bool(parts) and fnmatch(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
+        visible = next((depth for depth, part in enumerate(parts) if part[0] in "_."), len(parts))
+        return any(_match(parts[skip:], patterns[1:]) for skip in range(visible + 1))
+    if not parts or (parts[0][0] in "_." and patterns[0][0] != parts[0][0]):
+        return False
+    return fnmatch(parts[0], patterns[0]) and _match(parts[1:], patterns[1:])
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distrain.data.plan import Plan, Window
 from distrain.data.ragged import Batch, Ragged, RaggedBuffer, RawBatch, pad
+from distrain.errors import TrainingError
 from distrain.process import run_in_the_background
 
 _Buffer = dict[str, Tensor | RaggedBuffer]
@@ -24,6 +25,9 @@ class Rows(Protocol):
 
     def read(self, row_group: int, start: int, stop: int) -> Iterator[RawBatch]:
         """Rows [start, stop) of a row group, as batches of tensors [rows, ...], or of ragged rows."""
+
+    def place(self, row_group: int) -> object:
+        """Where a row group lies, to say so."""
 
 
 @dataclass
@@ -51,7 +55,8 @@ class Reader:
         """The rows of one microbatch, or of a piece of it, as fresh tensors [rows, ...]; only an empty "label" where it
         has no rows. Ragged rows are padded to the longest of these, so that the bits depend on the rows alone.
 
-        Raises DataError where the rows cannot be read.
+        Raises DataError where the rows cannot be read, TrainingError where a transform gives batches that differ in
+        their keys, types or shapes.
         """
         parts = []
         for window, start, stop in self._plan.slices(epoch, step_in_epoch, self._shard, piece):
@@ -162,6 +167,7 @@ class _Stream:
         self._rest: RawBatch | None = None
         self._at: tuple[int, int] | None = None  # (row group, next row)
         self._until = 0  # the row that what is open ends before
+        self._kinds: dict[str, str] = {}  # what every batch has, as the first one had
 
     def fill(self, buffer: _Buffer, windows: tuple[Window, ...], index: int) -> RawBatch:
         """Copy the rows of a window into `buffer`, enlarged where needed. Returns them: tensors [num_rows, ...]."""
@@ -202,11 +208,26 @@ class _Stream:
 
     def _take(self, most: int) -> RawBatch:
         """The next rows, at most so many."""
-        batch, self._rest = self._rest or next(self._batches), None
+        batch, self._rest = self._rest or self._next(), None
         rows = len(next(iter(batch.values())))
         if rows > most:
             self._rest = {name: tensor[most:] for name, tensor in batch.items()}
             batch = {name: tensor[:most] for name, tensor in batch.items()}
+        return batch
+
+    def _next(self) -> RawBatch:
+        """The next batch. One unlike the first is an error: in the same tensors it would be cast or repeated."""
+        batch = next(self._batches)
+        kinds = {name: _kind(values) for name, values in batch.items()}
+        self._kinds = self._kinds or kinds
+        for name in self._kinds | kinds:
+            found, first = (those.get(name, "nothing") for those in (kinds, self._kinds))
+            if found != first:
+                assert self._at is not None
+                raise TrainingError(
+                    f"{self._dataset.place(self._at[0])}: data.transform gives {name!r} as {found}, and gave {first} "
+                    "for earlier rows: keys, types and shapes must be the same for all"
+                )
         return batch
 
     def close(self) -> None:
@@ -239,10 +260,17 @@ def _fit(buffer: _Buffer, batch: RawBatch, rows: int) -> _Buffer:
             have.start(rows)
             view[name] = have
             continue
-        if not isinstance(have, Tensor) or len(have) < rows or have.shape[1:] != values.shape[1:]:
+        if not isinstance(have, Tensor) or len(have) < rows:
             have = buffer[name] = torch.empty((rows, *values.shape[1:]), dtype=values.dtype)
         view[name] = have[:rows]
     return view
+
+
+def _kind(values: Tensor | Ragged) -> str:
+    """Type and shape of a batch's values, whatever its number of rows."""
+    if isinstance(values, Ragged):
+        return f"{values.values.dtype} lists"
+    return f"{values.dtype} [{', '.join(['rows', *map(str, values.shape[1:])])}]"
 
 
 def _cat(parts: Sequence[Tensor | Ragged]) -> Tensor | Ragged:

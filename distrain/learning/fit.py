@@ -56,6 +56,11 @@ def num_outputs(model: ModelConfig, loss: LossConfig, dataset: Dataset) -> int:
     return outputs
 
 
+def check_labels(model: ModelConfig, loss: LossConfig, outputs: int, dataset: Dataset) -> None:
+    """Raise what `num_outputs` does for a data set that a model of so many outputs was not made for."""
+    num_outputs(model.model_copy(update={"outputs": outputs}), loss, dataset)
+
+
 def _check_outputs(loss: LossConfig, outputs: int, dataset: Dataset) -> None:
     """A loss without classes takes one output for each label column; a binary one labels of 0 and 1."""
     labels = dataset.columns.labels

@@ -46,7 +46,8 @@ class Checked:
 
 
 def check_gradients(config: TrainConfig, tolerance: float = _TOLERANCE) -> list[Checked]:
-    """Check the gradient of the configuration's model and loss on the first microbatch of its data, in float64.
+    """Check the gradient of the configuration's model and loss on the first microbatch of its data, or the
+    first piece of it, in float64.
 
     The model is in training mode, as when it learns: every evaluation draws the same dropout, and starts from the same
     running statistics. Raises what preparing the run raises.
@@ -59,7 +60,7 @@ def check_gradients(config: TrainConfig, tolerance: float = _TOLERANCE) -> list[
     task = build_task(spec, statistics)
     readers = Readers(preparation.train)
     try:
-        batch = readers.microbatch(0, 0)
+        batch = readers.microbatch(0, 0, 0)
     finally:
         readers.close()
     return check_task(task, batch, microbatch_seed(config.seed, 0, 0), tolerance)

@@ -1,4 +1,4 @@
-"""The computational graph of a job: its model and loss on its first microbatch."""
+"""The computational graph of a job: its model and loss on the first rows that it trains on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def job_graph(config: TrainConfig, backward: bool = False) -> Graph:
     preparation = prepare(config)
     readers = Readers(preparation.train)
     try:
-        batch = readers.microbatch(0, 0)
+        batch = readers.microbatch(0, 0, 0)
     finally:
         readers.close()
     return trace(build_task(preparation.task), batch, backward)

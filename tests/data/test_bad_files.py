@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -52,6 +53,40 @@ class TestPaths:
         (tmp_path / ".hidden").mkdir()
         write(tmp_path / ".hidden" / "x.parquet", x=[1.0, 2.0])
         assert refused(tmp_path) == f"{tmp_path}: the folder holds no files"
+
+    def test_a_wildcard_finds_no_bookkeeping_unless_it_says_so(self, tmp_path: Path):
+        for name in ("year=1/a.parquet", "_temporary/0/a.parquet", "year=1/_change_data/a.parquet", "b.parquet"):
+            write(tmp_path / name, x=[1.0, 2.0])
+        for name in ("_SUCCESS", ".b.parquet.crc"):
+            (tmp_path / name).touch()
+
+        def found(pattern: str) -> list[str]:
+            return [str(Path(path).relative_to(tmp_path)) for path, _ in find_files(f"{tmp_path}/{pattern}")]
+
+        assert found("**/*.parquet") == found("**") == found("") == ["b.parquet", "year=1/a.parquet"]
+        assert found("*") == ["b.parquet"] and found("*/*.parquet") == ["year=1/a.parquet"]
+        assert found("_temporary/**/*.parquet") == found("_*/*/*") == ["_temporary/0/a.parquet"]
+        assert found("**/_*/*.parquet") == ["year=1/_change_data/a.parquet"] and found("_*") == ["_SUCCESS"]
+        assert found(".*") == [".b.parquet.crc"]
+
+    @pytest.mark.parametrize(
+        ("log", "kind"),
+        [
+            ("_delta_log/0.json", "Delta Lake"),
+            (".hoodie/hoodie.properties", "Hudi"),
+            ("metadata/v1.metadata.json", "Iceberg"),
+        ],
+    )
+    def test_a_table_whose_folder_holds_replaced_rows_too(self, tmp_path: Path, log: str, kind: str):
+        path = write(tmp_path / "all" / "table" / "data" / "a.parquet", x=[1.0, 2.0])
+        write(tmp_path / "all" / "plain" / "a.parquet", x=[1.0, 2.0])
+        (tmp_path / "all" / "table" / log).parent.mkdir()
+        (tmp_path / "all" / "table" / log).touch()
+        said = f"{tmp_path}/all/table: a table of {kind}, whose folder holds rows too that were replaced or deleted: "
+        for pattern in ("all", "all/table", "all/table/*/*.parquet", "all/**/*.parquet"):
+            assert refused(tmp_path / pattern).startswith(said)
+        assert refused((tmp_path / "all").as_uri()).startswith(f"file://{said}")
+        assert opened(path).num_rows == opened(tmp_path / "all" / "p*" / "*").num_rows == 2
 
     def test_a_uri_of_no_known_kind(self):
         assert refused("nfs://server/rows").startswith("nfs://server/rows: not a path or URI that can be read: ")
@@ -158,6 +193,51 @@ class TestSchemas:
     def test_a_feature_named_twice(self, tmp_path: Path):
         path = write(tmp_path / "a.parquet", x=[1.0, 2.0])
         assert refused(path, features=["x", "x"]) == f"{path}: data.features names column 'x' more than once"
+
+
+class TestLeftOut:
+    """Columns that `features: null` does not take."""
+
+    def test_the_index_of_a_pandas_table_is_no_feature(self, tmp_path: Path):
+        """Sorted by the label and split at random, the rows' numbers would tell the label."""
+        table = pd.DataFrame({"x": np.arange(10.0), "label": np.arange(10) // 5})
+        table.sample(8, random_state=0).to_parquet(tmp_path / "a.parquet")
+        table.to_parquet(tmp_path / "b.parquet")  # numbered without a gap: no column
+        dataset = opened(tmp_path)
+        assert dataset.columns.features == ("x",)
+        assert dataset.left_out == (
+            "data.features: null leaves out '__index_level_0__': the index of a pandas table; name it in data.features "
+            "if it is a feature",
+        )
+        assert opened(tmp_path / "b.parquet").left_out == ()
+        table.set_index("x").to_parquet(tmp_path / "named.parquet")
+        assert refused(tmp_path / "named.parquet").endswith("beside the label; name one in data.features")
+        assert opened(tmp_path / "named.parquet", features=["x"]).columns.features == ("x",)
+
+    def test_a_transform_gets_every_column(self, tmp_path: Path):
+        pd.DataFrame({"x": ["a", "b"], "label": [0, 1]}, index=[7, 3]).to_parquet(tmp_path / "a.parquet")
+        dataset = opened(tmp_path, transform="some:function")
+        assert dataset.columns.features == ("x", "__index_level_0__") and dataset.left_out == ()
+
+    def test_each_reason_is_said_once_with_a_few_names(self, tmp_path: Path):
+        columns: dict[str, Any] = {f"text{number}": ["a", "b"] for number in range(7)}
+        columns |= {"embedding": [[1.0], [2.0]], "price": pa.array([1, 2], pa.decimal128(5)), "id": [1, 2]}
+        for year in (2023, 2024):
+            write(tmp_path / "at=home" / f"year={year}" / "a.parquet", **columns)
+        said = "data.features: null leaves out "
+        assert opened(tmp_path).left_out == (
+            f"{said}'text0', 'text1', 'text2', 'text3', 'text4', ... (7 columns): neither integer, float nor bool",
+            f"{said}'embedding': lists and images are features only where data.features names the one column",
+            f"{said}'price': decimals; cast them to double to learn from them",
+            f"{said}'year': held by the folders' names only, which are not read",
+        )
+        assert opened(tmp_path, features=["id"]).left_out == opened(tmp_path, features="embedding").left_out == ()
+
+    def test_nothing_is_said_where_all_is_taken(self, tmp_path: Path):
+        path = write(tmp_path / "year=2024" / "a.parquet", x=[1.0, 2.0], w=[1.0, 2.0])
+        assert opened(path, weight="w").left_out == ()
+        write(tmp_path / "year=2025" / "a.parquet", x=[1.0, 2.0], w=[1.0, 2.0], year=[2025, 2025])
+        assert opened(tmp_path / "year=2025", weight="w").left_out == ()
 
 
 class TestDamage:

@@ -19,6 +19,7 @@ from distrain.config import DataConfig
 from distrain.data.columns import Columns, type_name
 from distrain.data.dataset import open_dataset
 from distrain.data.location import Location
+from distrain.data.ragged import pad
 from distrain.errors import DataError
 
 HERE = Location("rows.parquet", 4, 100)
@@ -137,14 +138,21 @@ def test_the_text_of_a_type_leaves_out_what_only_writers_differ_in():
     old = pa.list_(pa.field("item", pa.float32()))
     assert type_name(spark) == type_name(old) == "list<element: float>"
     assert type_name(pa.list_(pa.field("item", pa.float32()), 3)) == "fixed_size_list<element: float>[3]"
-    assert len({type_name(pa.list_(pa.float64())), type_name(pa.large_list(pa.float32())), type_name(old)}) == 3
+    assert type_name(pa.large_list(pa.field("item", pa.float32()))) == "list<element: float>"
+    assert type_name(pa.large_list(pa.list_(pa.large_string()))) == "list<element: list<element: string>>"
+    assert type_name(pa.large_string()) == "string" and type_name(pa.large_binary()) == "binary"
+    assert type_name(pa.list_(pa.float64())) == "list<element: double>"
     assert type_name(pa.timestamp("ms")) == "timestamp[ms]"
 
 
-def test_files_whose_lists_are_named_differently_are_one_data_set(tmp_path: Path):
+@pytest.mark.parametrize("ragged", [False, True])
+def test_files_whose_lists_are_written_differently_are_one_data_set(tmp_path: Path, ragged: bool):
     for name in ("element", "item"):
-        lists = pa.array([[1.0, 2.0]], pa.list_(pa.field(name, pa.float32())))
-        table = pa.table({"x": lists, "label": [0]})
-        pq.write_table(table, tmp_path / f"{name}.parquet", use_compliant_nested_type=False)
-    dataset = open_dataset(str(tmp_path), DataConfig(train="-", features="x", label="label"))
-    assert dataset.num_rows == 2 and dataset.columns.num_features == 2
+        for size, kind in (("small", pa.list_), ("large", pa.large_list)):
+            lists = pa.array([[1.0, 2.0]], kind(pa.field(name, pa.float32())))
+            table = pa.table({"x": lists, "label": [0]})
+            pq.write_table(table, tmp_path / f"{name}-{size}.parquet", use_compliant_nested_type=False)
+    dataset = open_dataset(str(tmp_path), DataConfig(train="-", features="x", label="label", ragged=ragged))
+    for number in range(4):
+        [batch] = map(pad, dataset.read(number, 0, 1))
+        assert batch["features"].tolist() == [[1.0, 2.0]]

@@ -137,6 +137,24 @@ class TestReading:
             labels = [label for batch in dataset.read(0, start, stop) for label in batch["label"].tolist()]
             assert labels == list(range(start, stop))
 
+    @pytest.mark.parametrize(("name", "ragged"), [("x", False), ("a.b", False), ("x", True)])
+    def test_lists_that_lie_in_the_file_in_little_are_read_in_small_batches(
+        self, tmp_path: Path, name: str, ragged: bool
+    ):
+        zeros = pa.FixedSizeListArray.from_arrays(np.zeros(5000 * 1000, np.float32), 1000)
+        path = write(tmp_path / "x.parquet", 5000, **{name: zeros.cast(pa.list_(pa.float32())), "label": [0] * 5000})
+        assert path.stat().st_size < 100_000
+        dataset = opened(path, features=[name], ragged=ragged)
+        sizes = [batch["features"].nbytes for batch in dataset.read(0, 0, 5000)]
+        assert len(sizes) == 10 and max(sizes) < 3 << 20
+
+    def test_columns_that_are_kept_count_as_well(self, tmp_path: Path):
+        text = [f"{row:4000}" for row in range(3000)]
+        dataset = opened(write(tmp_path / "x.parquet", 3000, x=np.arange(3000.0), text=text, label=[0] * 3000))
+        assert len(list(dataset.read(0, 0, 3000))) == 1
+        rows = [beside.num_rows for beside, _ in dataset.read_beside(0, 0, 3000, ("text", "x"))]
+        assert sum(rows) == 3000 and max(rows) * 4000 < 3 << 20
+
     def test_a_replaced_or_deleted_file_is_named(self, tmp_path: Path):
         path = write(tmp_path / "x.parquet", x=np.arange(50.0), label=np.arange(50))
         dataset = opened(tmp_path)

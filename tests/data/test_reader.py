@@ -12,7 +12,7 @@ import torch
 
 from distrain.data.plan import Plan
 from distrain.data.reader import Reader
-from distrain.errors import DataError
+from distrain.errors import DataError, TrainingError
 from tests.support.datasets import ArrayDataset
 
 
@@ -115,6 +115,52 @@ def test_an_error_comes_at_the_call_that_needs_the_rows_and_reading_can_go_on():
     assert reader.microbatch(0, 0)["label"].tolist() == list(range(32))
     assert len(reader.microbatch(0, plan.steps_per_epoch - 1)["label"]) == rows % 32
     reader.close()
+
+
+class Uneven(ArrayDataset):
+    """From row 300 on, the rows are `late`."""
+
+    late: dict[str, torch.Tensor]
+
+    def read(self, row_group: int, start: int, stop: int) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in super().read(row_group, start, stop):
+            rows = len(batch["label"])
+            late = {name: values.expand(rows, *values.shape[1:]) for name, values in self.late.items()}
+            yield late if int(batch["label"][0]) >= 300 else batch
+
+
+LABEL = torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("shuffle_rows", [40, 500])  # the change comes between windows, and within one
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        (
+            {"features": torch.zeros(1, 3), "label": LABEL.double()},
+            "'label' as torch.float64 [rows], and gave torch.int64",
+        ),
+        (
+            {"features": torch.zeros(1, 1), "label": LABEL},
+            "'features' as torch.float32 [rows, 1], and gave torch.float32",
+        ),
+        ({"label": LABEL}, "'features' as nothing, and gave torch.float32 [rows, 3] for earlier rows"),
+        (
+            {"features": torch.zeros(1, 3), "label": LABEL, "new": LABEL},
+            "'new' as torch.int64 [rows], and gave nothing",
+        ),
+    ],
+)
+def test_batches_unlike_the_first_are_not_merged_with_it(late: dict, said: str, shuffle_rows: int):
+    dataset = Uneven(np.zeros((500, 3), np.float32), np.arange(500), 50)
+    dataset.late = late
+    plan = Plan(dataset.row_counts, 32, 1, shuffle_rows, shuffle=False)
+    reader = Reader(dataset, plan, 0)
+    with pytest.raises(TrainingError) as error:
+        for step in range(plan.steps_per_epoch):
+            reader.microbatch(0, step)
+    reader.close()
+    assert error.value.message.startswith(f"rows: row group 6: data.transform gives {said}")
 
 
 def test_closing_ends_the_thread():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distrain.config import LossConfig, ModelConfig, load_config
 from distrain.learning.task import Task, TaskSpec, build_task
+from distrain.study import gradient_check
 from distrain.study.gradient_check import KINK, RIGHT, WRONG, check_gradients, check_task
 from tests.support.jobs import distrain, write_job
 
@@ -89,6 +90,13 @@ def test_a_configured_run_is_checked_on_its_own_rows(tmp_path: Path):
     found = check_gradients(load_config(write_job(tmp_path)))
     assert [each.name for each in found][:2] == ["model.0.weight", "model.0.bias"]
     assert all(each.verdict in (RIGHT, KINK) for each in found)
+
+
+def test_of_a_large_microbatch_only_the_first_piece_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    batches: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(gradient_check, "check_task", lambda task, batch, *rest: batches.append(batch) or [])
+    check_gradients(load_config(write_job(tmp_path, batch_size="full", max_forward_rows=20, shards=1)))
+    assert [len(batch["label"]) for batch in batches] == [20]
 
 
 def test_the_command_line_says_it_and_exits_with_1_where_one_disagrees(tmp_path: Path):

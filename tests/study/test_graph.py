@@ -12,12 +12,13 @@ from matplotlib.patches import FancyBboxPatch
 from torch import Tensor, nn
 
 from distrain.cli import main
-from distrain.config import LossConfig, ModelConfig
+from distrain.config import LossConfig, ModelConfig, load_config
 from distrain.learning.losses import Loss
 from distrain.learning.metrics import Metrics
 from distrain.learning.task import Task, TaskSpec, build_task
 from distrain.study.graph import BACKWARD, INPUT, LOSS, OPERATION, Graph, trace
 from distrain.study.graph_figure import draw
+from distrain.study.job_graph import job_graph
 from tests.support.jobs import write_job
 
 LOSS_CONFIG = LossConfig(name="cross_entropy")
@@ -114,6 +115,12 @@ def test_boxes_do_not_overlap(tmp_path: Path):
     boxes = [p.get_bbox() for p in figure.axes[0].patches if isinstance(p, FancyBboxPatch) and p.get_zorder() == 3]
     assert len(boxes) == len(graph.nodes)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_of_a_large_microbatch_only_the_first_piece_is_read(tmp_path: Path):
+    graph = job_graph(load_config(write_job(tmp_path, batch_size="full", max_forward_rows=20, shards=1)))
+    assert [(node.label, node.shape) for node in graph.nodes if node.kind == INPUT] == [
+        ("features", (20, 4)), ("label", (20,))]  # fmt: skip
 
 
 def test_the_command_draws_a_file_and_prints_the_graph(tmp_path: Path):
