@@ -32,9 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distrain.process import keep_freed_memory  # noqa: E402
 from jobs.contenders.core import Exchange, Model, relay, serve  # noqa: E402
 from jobs.contenders.preset import build  # noqa: E402
+from jobs.contenders.process import prepare_process  # noqa: E402
 
 CONTENDERS = ("distrain", "distrain sliced", "distrain sliced bf16", "distrain sliced bf16 stale", "ddp")
 WARMUP_STEPS = 5
@@ -162,8 +162,7 @@ def ddp_host(setup: Setup, number: int) -> float:
 
 def ddp_rank(setup: Setup, rank: int, results) -> None:
     """One process of DDP; the first gives the mean step."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    prepare_process()
     dist.init_process_group(
         "gloo", init_method=f"tcp://{setup.hosts[0]}:{setup.port}", rank=rank, world_size=setup.num_workers
     )

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from distrain.config import TrainConfig
+from distrain.config import ClusterConfig, TrainConfig, WorkersConfig
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
 KUBERAY = yaml.safe_load((Path(__file__).parent / "support/schemas/kuberay.yaml").read_text())
@@ -119,6 +119,7 @@ def test_ray_pods_are_confined_and_told_what_they_need(name: str, kind: str):
         assert container["resources"]["limits"]["cpu"] == container["resources"]["requests"]["cpu"]
         # KubeRay's own probes call wget, which the image has not.
         assert {"readinessProbe", "livenessProbe"} <= container.keys()
+        assert container["envFrom"] == [{"secretRef": {"name": "distrain-data", "optional": True}}]
         mounts = {mount["name"] for mount in container["volumeMounts"]}
         assert mounts == {volume["name"] for volume in pod["volumes"]} and {"tmp", "shm"} <= mounts
     head = {each["name"]: each["value"] for each in templates(document)[0]["spec"]["containers"][0]["env"]}
@@ -128,6 +129,23 @@ def test_ray_pods_are_confined_and_told_what_they_need(name: str, kind: str):
     used = [v["persistentVolumeClaim"]["claimName"] for v in templates(document)[0]["spec"]["volumes"] if
             "persistentVolumeClaim" in v]  # fmt: skip
     assert set(used) <= claims and head["DISTRAIN_CHECKPOINT_DIR"] == "/checkpoints"
+    assert waits_for_machines(head)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        [shm] = [v["emptyDir"] for v in group["template"]["spec"]["volumes"] if v["name"] == "shm"]
+        assert shm["sizeLimit"] == "1Gi" and int(group["rayStartParams"]["object-store-memory"]) <= 2**29
+
+
+def waits_for_machines(environment: dict[str, str]) -> bool:
+    """Whether a driver with this environment has the autoscaler add machines before it gives up."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return ClusterConfig().wait_seconds == 600
+
+
+def test_no_manifest_takes_away_what_another_one_keeps():
+    names = [(d["kind"], d["metadata"]["name"]) for path in MANIFESTS for d in documents(path)]
+    assert len(names) == len(set(names))
 
 
 def test_the_job_of_the_manifest_is_a_configuration_that_resumes_by_itself():
@@ -154,7 +172,20 @@ def test_ray_up_files_fit_rays_schema(path: Path):
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     [token] = [option.split("=")[1] for option in config["docker"]["run_options"] if "RAY_AUTH_TOKEN_PATH" in option]
     assert token in config["file_mounts"]
+    options = [option.removeprefix("--env ") for option in config["docker"]["run_options"] if "--env " in option]
+    assert waits_for_machines(dict(option.split("=", 1) for option in options))
     assert all("--dashboard-host=0.0.0.0" not in command for command in config["head_start_ray_commands"])
+
+
+def test_workers_of_ray_up_have_an_account_to_read_data_with():
+    """Ray itself gives one to the head only."""
+    workers = {path.stem: yaml.safe_load(path.read_text())["available_node_types"]["worker"] for path in RAY_UP}
+    assert "Arn" in workers["aws"]["node_config"]["IamInstanceProfile"]
+    [account] = workers["gcp"]["node_config"]["serviceAccounts"]
+    assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"] and "@" in account["email"]
+    config = yaml.safe_load((CLUSTER / "gcp.yaml").read_text())
+    [command] = config["initialization_commands"]
+    assert config["docker"]["image"].split("/")[0] in command.split()
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.stem)
@@ -193,6 +224,14 @@ def test_compose_services_are_confined_and_only_this_machine_reaches_them():
         service = COMPOSE["services"][name]
         assert service["environment"]["RAY_AUTH_MODE"] == "token" and service["secrets"] == ["ray_token"]
         assert "--metrics-export-port=8080" in service["command"] and "--object-store-memory=" in service["command"]
+        # Without a value: taken from the shell, where it is set there.
+        taken = {variable for variable, value in service["environment"].items() if value is None}
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION"} < taken
+
+
+def test_a_plain_compose_up_has_room_for_a_job_of_the_default_size():
+    assert COMPOSE["services"]["ray-worker"]["scale"] == f"${{WORKERS:-{WorkersConfig().count}}}"
+    assert "--num-cpus=${WORKER_CPUS:-1}" in COMPOSE["services"]["ray-worker"]["command"] and WorkersConfig().cpus == 1
 
 
 def test_prometheus_and_grafana_find_what_they_are_told_of():

@@ -14,8 +14,8 @@ _OUTCOMES = ("train/loss", "val/", "throughput/samples_per_sec", "final/", "targ
 def compare_runs(uri: str, experiment: str, references: Sequence[str]) -> list[dict[str, str]]:
     """Rows {"": what, RUN: value, ...}: the params in which the runs differ, then their last metrics.
 
-    A reference is a run's id or name; a sweep's parent stands for its children. Raises TrackingError where one is not
-    known.
+    A reference is a run's id, name or checkpoints' folder; a sweep's parent stands for its children. Raises
+    TrackingError where one is not known.
     """
     quiet_environment()
     from distrain.tracking.store import read_runs

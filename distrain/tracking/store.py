@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -231,8 +231,8 @@ class Logged:
 
 
 def read_runs(uri: str, experiment: str, references: Sequence[str]) -> list[Logged]:
-    """Runs by id or name; a sweep's parent stands for its children, oldest first. Raises TrackingError for an unknown
-    one."""
+    """Runs by id, name or checkpoints' folder; a sweep's parent stands for its children, oldest first. Raises
+    TrackingError for an unknown one."""
     client = open_store(uri)
     found: list[Run] = []
     for reference in references:
@@ -248,11 +248,13 @@ def _find_run(client: MlflowClient, experiment: str, reference: str) -> Run:
     if re.fullmatch(r"[0-9a-f]{32}", reference):
         return client.get_run(reference)
     known = client.get_experiment_by_name(experiment)
-    escaped = reference.replace("'", "")
-    runs = client.search_runs([known.experiment_id], f"run_name = '{escaped}'") if known is not None else []
-    if not runs:
-        raise TrackingError(f"the experiment {experiment!r} has no run of the name {reference!r}")
-    return runs[0]
+    parts = PurePosixPath(reference).parts
+    for first in range(len(parts)):  # of a folder's path the name is an end, which may have a slash in it
+        escaped = "/".join(parts[first:]).replace("'", "")
+        runs = client.search_runs([known.experiment_id], f"run_name = '{escaped}'") if known is not None else []
+        if runs:
+            return runs[0]
+    raise TrackingError(f"the experiment {experiment!r} has no run of the name {reference!r}")
 
 
 def is_permanent(error: Exception) -> bool:

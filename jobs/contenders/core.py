@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from distrain.config import OptimizerConfig, TrainConfig
 from distrain.errors import LinkError
@@ -23,13 +22,13 @@ from distrain.exchange.slices import cut
 from distrain.exchange.wire import WIRES, WireDtype
 from distrain.learning.task import build_task
 from distrain.preparation import Preparation, prepare
-from distrain.process import keep_freed_memory
 from distrain.records import StepRecord
 from distrain.relay import Relay
 from distrain.server.loop import Loop, LoopSettings
 from distrain.server.parameter_server import ParameterServer
 from distrain.server.reports import Reports
 from distrain.worker import Worker, WorkerOptions
+from jobs.contenders.process import prepare_process
 
 _FORK = multiprocessing.get_context("fork")
 _TOKEN = "a benchmark's token"
@@ -83,7 +82,7 @@ def serve(
     port: int = 0,
 ) -> list[StepRecord]:
     """The parameter server, and the workers of the ranks `local`, of a run of so many steps."""
-    _prepare_process()
+    prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         preparation = model.prepare(folder, num_workers)
         hub = Hub(_TOKEN, ip, port)
@@ -116,7 +115,7 @@ def relay(
     ip: str | None = None,
 ) -> None:
     """A relay of the run whose server listens at `address`, and the workers of the ranks `local`."""
-    _prepare_process()
+    prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         preparation = model.prepare(folder, num_workers)
         layout = Layout.of(build_task(preparation.task).model)
@@ -135,12 +134,6 @@ def _server(preparation: Preparation, slice_: int, exchange: Exchange):
         task.model, OptimizerConfig(), staleness=exchange.staleness, span=span, wire_dtype=exchange.wire_dtype
     )
     return task, server
-
-
-def _prepare_process() -> None:
-    """As distrain's actors do."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
 
 
 def _join(its_relay: Relay, address: Address) -> None:
@@ -170,7 +163,7 @@ def _workers(preparation: Preparation, ranks: Sequence[int], address: Address, w
 
 
 def _work(preparation: Preparation, rank: int, address: Address, options: WorkerOptions) -> None:
-    _prepare_process()
+    prepare_process()
     task = build_task(preparation.task)
     worker = Worker(rank, task.model, task.loss, task.metrics, preparation.train, None, 0, options=options)
     worker.join(address, True, _TOKEN)

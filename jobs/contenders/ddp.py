@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.contenders.process import prepare_process
 from jobs.contenders.spec import Spec
 from jobs.contenders.streaming import batches
 
 
 def work(rank: int, spec: Spec, folder: str) -> None:
     """One process; the first writes the rate of all to `folder`/rate."""
-    torch.set_num_threads(1)
+    prepare_process()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=spec.num_workers)
     model = DistributedDataParallel(spec.model(), gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)

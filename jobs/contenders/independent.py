@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+from jobs.contenders.process import prepare_process
 from jobs.contenders.spec import Spec
 from jobs.contenders.streaming import batches
 
 
 def work(rank: int, spec: Spec, folder: str, together: Barrier) -> None:
     """One process, which writes its own rate to `folder`/RANK. They only start measuring at the same time."""
-    torch.set_num_threads(1)
+    prepare_process()
     model = spec.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     steps, start = 0, 0.0

@@ -57,6 +57,7 @@ def test_profiles_are_understood(cluster: ComposeCluster):
     profiles = [word for name in ("gpu", "postgres", "monitoring") for word in ("--profile", name)]
     services = cluster.compose(*profiles, "config", "--services").split()
     assert {"ray-worker-gpu", "postgres", "prometheus", "grafana"} < set(services)
+    assert yaml.safe_load(cluster.compose("config"))["services"]["ray-worker"]["scale"] == 2
 
 
 def test_containers_are_confined(cluster: ComposeCluster):
