@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from distrain import __version__
 from distrain.config_file import setting
 from distrain.credentials import redacted
-from distrain.errors import CheckpointError
+from distrain.errors import CheckpointError, CheckpointUnreadable
 from distrain.manifest import FORMAT, MANIFEST, read_manifest, seal
 from distrain.storage import Place, candidates, keeper, num_bytes, place
 
@@ -217,21 +217,23 @@ def is_superseded(path: Place) -> bool:
 def newest_valid(run: Place) -> Found:
     """Return the newest checkpoint of a run's folder that verifies; a warning is logged for each passed over.
 
-    Raises CheckpointError where none verifies.
+    Raises CheckpointError where none verifies: CheckpointUnreadable where one of them may be good.
     """
     skipped: list[str] = []
+    kind = CheckpointError
     for path in _checkpoints(run):
         try:
             verify(path)
         except CheckpointError as error:
             skipped.append(error.message)
+            kind = CheckpointUnreadable if isinstance(error, CheckpointUnreadable) else kind
         else:
             for reason in skipped:
                 _log.warning("%s; going back to %s", reason, path.name)
             return Found(path, tuple(skipped))
     if not skipped:
         raise CheckpointError(f"{run}: no checkpoint in this folder")
-    raise CheckpointError(f"{run}: no checkpoint in it can be used:\n" + "\n".join(f"  {line}" for line in skipped))
+    raise kind(f"{run}: no checkpoint in it can be used:\n" + "\n".join(f"  {line}" for line in skipped))
 
 
 def verify(path: str | Place) -> dict[str, Any]:
@@ -279,7 +281,7 @@ def _verify_file(file: Place, expected: Mapping[str, Any], chunks: list[bytes] |
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointUnreadable(f"{file}: cannot be read: {error.strerror or error}") from error
     if sha256.hexdigest() != expected["sha256"]:
         raise CheckpointError(f"{file}: damaged: its content does not match its SHA-256")
 
@@ -368,6 +370,7 @@ def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[s
     """
     state, before, told = manifest["state"], manifest["config"], []
     state["agenda"] = {"epoch": manifest["epoch"]}
+    state.pop("epoch_loss", None)
     rows = "data.train" if before["batch_size"] == "full" else "batch_size"
     is_scaled = before["optimizer"].get("base_batch_size") is not None and rows in changed
     has_other_rate = is_scaled or any(key in _RATE or key.startswith("schedule.") for key in changed)

@@ -50,6 +50,11 @@ class _Verbs(click.Group):
             ctx.exit(130)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
+        except OSError as error:
+            if error.filename is None:  # a closed pipe among them, which is click's to end
+                raise
+            click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            ctx.exit(ConfigError.exit_code)
         except Exception:
             traceback.print_exc()
             ctx.exit(1)
@@ -394,7 +399,7 @@ def landscape(
 def compare(runs: tuple[str, ...], tracking_uri: str, experiment: str) -> None:
     """Print runs side by side: what they were given and differ in, and what came of it.
 
-    RUN is a run's name or MLflow id; a sweep's parent run stands for all of its points.
+    RUN is a run's name, its checkpoints' folder or MLflow id; a sweep's parent run stands for all of its points.
     """
     from distrain.progress import show_comparison
     from distrain.tracking import compare_runs

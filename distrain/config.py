@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from distrain import config_file
 from distrain.credentials import HIDDEN, redacted
@@ -89,7 +97,22 @@ class _Section(BaseModel, metaclass=_PlainErrors):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class _OpenSection(_Section):
+class _NamedSection(_Section):
+    """A section that says what by its name: `loss: mse` is short for `loss: {name: mse}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+def _or_its_name(schema: dict[str, Any]) -> None:
+    """In JSON schema: a section, or only its name."""
+    kinds = schema.pop("anyOf", None) or [{"$ref": schema.pop("$ref")}]
+    schema["anyOf"] = [*kinds, {"type": "string"}]
+
+
+class _OpenSection(_NamedSection):
     """A section that takes further keywords, of a class of torch."""
 
     model_config = ConfigDict(extra="allow")
@@ -116,7 +139,8 @@ class DataConfig(_Section):
     features: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
         description='Feature columns: a list of names, a glob of names such as "f*", one list column, or one column of '
-        "encoded images (PNG, JPEG). null: every numeric column but the label; with a transform, every column",
+        "encoded images (PNG, JPEG). null: every numeric column but the label and a pandas table's index; with a "
+        "transform, every column",
     )
     label: str | Annotated[list[str], Field(min_length=1)] = Field(description="The label column, or several")
     weight: str | None = Field(None, description="A column that says how much each row counts; null: all the same")
@@ -128,7 +152,10 @@ class DataConfig(_Section):
                          "with zeros to its longest row, and the model takes `mask`, true where there is a value, "
                          "beside `features`. model: text does so by itself")  # fmt: skip
     transform: Reference | None = Field(
-        None, description='"module:function" that turns a pyarrow RecordBatch into a dict of tensors with "label"'
+        None,
+        description='"module:function" that turns a pyarrow RecordBatch into a dict of tensors with "label". It gets a '
+        "few rows at a time, on a reading thread; random numbers come from a torch.Generator of its own, since torch's "
+        "global one is dropout's",
     )
 
 
@@ -146,7 +173,7 @@ _MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
 _ENCODER_OPTIONS = dict.fromkeys(("layers", "heads"), ("transformer",))
 
 
-class ModelConfig(_Section):
+class ModelConfig(_NamedSection):
     """A model by name, or from a function of the user's."""
 
     name: ModelName | None = Field(
@@ -215,8 +242,8 @@ _LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-class LossConfig(_Section):
-    """A loss by name, or from a function of the user's. `loss: mse` is short for `loss: {name: mse}`."""
+class LossConfig(_NamedSection):
+    """A loss by name, or from a function of the user's."""
 
     name: LossName | None = Field(
         "cross_entropy",
@@ -238,8 +265,8 @@ class LossConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return _name_or_factory({"name": value} if isinstance(value, str) else value)
+    def _factory_has_no_name(cls, value: Any) -> Any:
+        return _name_or_factory(value)
 
     @model_validator(mode="after")
     def _options_fit(self) -> LossConfig:
@@ -393,6 +420,16 @@ class WorkersConfig(_Section):
         return self.gpus if self.gpu_count is None or rank < self.gpu_count else 0.0
 
     @property
+    def all_cpus(self) -> float:
+        """What `count` workers ask for."""
+        return self.count * self.cpus
+
+    @property
+    def all_gpus(self) -> float:
+        """What `count` workers ask for."""
+        return sum(self.gpus_of(rank) for rank in range(self.count))
+
+    @property
     def needed(self) -> int:
         """Workers without which a run does not begin."""
         return self.count if self.max is None else self.min
@@ -515,17 +552,25 @@ class ClusterConfig(_Section):
 
     address: str | None = Field(None, description='A Ray cluster\'s address; null: RAY_ADDRESS if set, else a Ray of '
                                 'its own on this machine; "local": always that')  # fmt: skip
+    wait_seconds: NotNegative | None = Field(
+        default_factory=lambda: os.environ.get("DISTRAIN_CLUSTER_WAIT_SECONDS") or None,
+        validate_default=True,
+        description="How long to wait for machines that the cluster does not have yet, where something adds them (ray "
+        "up, KubeRay); null: DISTRAIN_CLUSTER_WAIT_SECONDS if set, else a cluster that is too small is refused at once",
+    )  # fmt: skip
 
 
 class TrainConfig(_Section):
     """One training run."""
 
     data: DataConfig = Field(description="The rows")
-    model: ModelConfig = Field(ModelConfig(), description="The model")
-    loss: LossConfig = Field(LossConfig(), description="The loss")
+    model: ModelConfig = Field(ModelConfig(), description="The model", json_schema_extra=_or_its_name)
+    loss: LossConfig = Field(LossConfig(), description="The loss", json_schema_extra=_or_its_name)
     penalty: PenaltyConfig = Field(PenaltyConfig(), description="L1 and L2 penalties on the weights")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer")
-    schedule: ScheduleConfig | None = Field(None, description="The learning rate's schedule; null: constant")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer", json_schema_extra=_or_its_name)
+    schedule: ScheduleConfig | None = Field(
+        None, description="The learning rate's schedule; null: constant", json_schema_extra=_or_its_name
+    )
     clip: ClipConfig | None = Field(None, description="Gradient clipping; null: none")
     gradient_noise: GradientNoiseConfig | None = Field(
         None, description="Simulated annealing: noise on the gradient that cools; null: none"
@@ -570,7 +615,7 @@ class TrainConfig(_Section):
     resume: Literal["auto"] | None = Field(
         None, description="auto: go on from the last checkpoint of the run called tracking.run_name, where there is one"
     )
-    cluster: ClusterConfig = Field(ClusterConfig(), description="Which Ray cluster")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Which Ray cluster")
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
@@ -784,4 +829,6 @@ def _from(folder: Path, path: Any) -> Any:
     """A path, or each of a list, from `folder` on where it is relative. URIs are not."""
     if isinstance(path, list):
         return [_from(folder, each) for each in path]
-    return path if path is None or (urlsplit(path).scheme and "://" in path) else str(folder / path)
+    if path is None or (urlsplit(path).scheme and "://" in path):
+        return path
+    return str(folder / Path(path).expanduser())

@@ -173,6 +173,9 @@ class Crew:
     def _look_at_cluster(self) -> None:
         """Start workers for which room came; move what runs on nodes that are about to go."""
         for rank in self._placement.arrived():
+            for other, launch in self._worker_calls.values():
+                if other == rank:  # it has this rank's room of before
+                    self._leaving.setdefault(launch, rank)
             self._start_worker(rank)
         ends = self._placement.draining()
         servers = {self._placement.server_node, *(relay.node for relay in self._relays if relay.slice is not None)}
@@ -203,23 +206,25 @@ class Crew:
                 self._peak_bytes = max(self._peak_bytes, ray.get(call, timeout=0))
         return self._peak_bytes
 
-    def move(self) -> None:
-        """End all actors, so that `start` can start them elsewhere."""
+    def move(self) -> bool:
+        """End all actors, so that `start` can start them elsewhere. False where the run was asked to stop meanwhile."""
         self.close()
-        self._placement.settle()
+        self._placement.give_back()
+        return self._placement.settle()
 
-    def dismiss(self, lost: ServerLost, furthest_step: int) -> None:
+    def dismiss(self, lost: ServerLost, furthest_step: int) -> bool:
         """End what is left after the server died, and wait as long as is wise before the next start.
 
-        `furthest_step` is the last that any server of the run reported. Raises TrainingError when it died too often
-        without getting further.
+        `furthest_step` is the last that any server of the run reported. False where the run was asked to stop
+        meanwhile. Raises TrainingError when it died too often without getting further.
         """
         self.close()
         decision = self._supervision.server_ended(lost.message, furthest_step)
         if isinstance(decision, Fail):
             raise TrainingError(decision.message)
         time.sleep(decision.after_s)
-        self._placement.settle()
+        self._placement.give_back()
+        return self._placement.settle()
 
     def close(self) -> None:
         """End every actor that is left."""
@@ -261,7 +266,7 @@ class Crew:
         for relay in [relay for relay in self._relays if ray.wait([relay.running], timeout=0)[0]]:
             self._relays.remove(relay)
             try:
-                ray.get(relay.running)
+                ray.get([relay.ready, relay.running])  # why it could not begin comes first
             except (RayError, DistrainError) as error:
                 if relay.slice is not None:
                     lost = f"the server of slice {relay.slice} is lost: {worker_failure(error)}"
@@ -279,6 +284,7 @@ class Crew:
         """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node. A spare
         that waits there takes the place: most of a worker's start is imports."""
         gpus = self._config.gpus_of(rank)
+        self._supervision.started(rank)
         node = self._placement.nodes().get(rank, "")
         actor = self._spares.pop(node, None) if not gpus else None
         if actor is None:
@@ -327,6 +333,8 @@ class Crew:
         node = self._nodes.pop(launch)
         self._joining.discard(launch)
         has_moved = self._leaving.pop(launch, None) is not None
+        if has_moved and not self._leaving:
+            self._placement.give_back()
         try:
             self._peak_bytes = max(self._peak_bytes, ray.get(call))
             return  # told to stop: the run is over, or it has moved
@@ -359,7 +367,8 @@ class Crew:
         match self._supervision.ended(rank, failure, self._step):
             case Replace(after_s=after_s):
                 self._note(f"worker {rank} is replaced: {failure}")
-                self._due.append((time.monotonic() + after_s, rank))
+                if not self._placement.awaits(rank):
+                    self._due.append((time.monotonic() + after_s, rank))
             case GiveUp(message=message):
                 self._note(message)
             case Fail(message=message):

@@ -15,7 +15,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from distrain.config import CheckpointConfig, TrackingConfig, TrainConfig, WorkersConfig
+from distrain.config import CheckpointConfig, ClusterConfig, TrackingConfig, TrainConfig, WorkersConfig
 from distrain.errors import ClusterError, DistrainError
 from distrain.exchange.layout import Layout
 from distrain.exchange.memory import SharedBuffer
@@ -64,7 +64,8 @@ def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> 
     if dashboard is not None:
         yield from jobs_cluster(dashboard)
     else:
-        yield cluster(config.cluster.address if config is not None else None, workers)
+        where = config.cluster if config is not None else ClusterConfig()
+        yield cluster(where.address, workers, where.wait_seconds)
     yield token()
     yield shared_memory()
     checkpoint_bytes = None
@@ -110,7 +111,7 @@ def versions(requirements: list[str] | None = None) -> Finding:
     return Finding("versions", OK, f"Python {platform.python_version()}, {shown}")
 
 
-def cluster(address: str | None, workers: WorkersConfig) -> Finding:
+def cluster(address: str | None, workers: WorkersConfig, wait_seconds: float | None = None) -> Finding:
     """Whether the Ray cluster that a run here would use is there, and has room for its workers."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     asked = f"{plural(workers.count, 'worker')} of {workers.cpus:g}" + (
@@ -121,13 +122,15 @@ def cluster(address: str | None, workers: WorkersConfig) -> Finding:
             room = check_local_room(workers)
             shares = "; they share" if room.shared_cores else ""
             return Finding("cluster", OK, f"a Ray of its own, {room.there_cpus:g} CPUs for {asked}{shares}")
-        attached = Cluster(address, workers)
+        attached = Cluster(address, workers, wait_seconds)
     except DistrainError as error:
         return Finding("cluster", FAILED, error.message, _cluster_advice(error), error.exit_code)
     there = attached.resources.there_cpus
     attached.close()
-    if there < workers.count * workers.cpus:
+    if there < workers.all_cpus:
         advice = "it starts with fewer, and grows as nodes are added"
+        if wait_seconds is not None:
+            advice = f"it waits up to {wait_seconds:g} s for nodes to be added (cluster.wait_seconds)"
         return Finding("cluster", WARNING, f"{address} has {there:g} CPUs for {asked}", advice)
     return Finding("cluster", OK, f"{address} has {there:g} CPUs for {asked}")
 
@@ -251,9 +254,9 @@ def checkpoints(config: CheckpointConfig, one_bytes: int | None = None) -> Findi
 
 def _local_checkpoints(config: CheckpointConfig, folder: Path, one_bytes: int | None, advice: str) -> Finding:
     there = folder
-    while not there.exists():
-        there = there.parent
     try:
+        while not there.exists():
+            there = there.parent
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"\0" * _PROBE_BYTES)
             probe.flush()

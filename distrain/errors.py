@@ -46,6 +46,10 @@ class CheckpointError(DistrainError):
     exit_code = 2
 
 
+class CheckpointUnreadable(CheckpointError):
+    """What may be a good checkpoint cannot be read: its disk or object store does not answer, or not to us."""
+
+
 class TrainingError(DistrainError):
     """Training failed: the user's model, loss or transform raised, or no worker could be kept alive."""
 

@@ -7,6 +7,7 @@ import http.client
 import logging
 import os
 import shlex
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -15,14 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from distrain.errors import ClusterError, ConfigError
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _AGENT_S = 60.0  # for the head's agent, which takes a job, to come up
 _ANSWER_S = 10.0
 _GRACE_S = 60  # between a stop's SIGTERM and SIGKILL: for the step and the checkpoint
@@ -60,15 +63,19 @@ class JobState:
 
 class Jobs:
     """The jobs of one cluster. `address`: its dashboard's, http://HOST:8265; None: RAY_API_SERVER_ADDRESS, else this
-    machine's. Raises ClusterError where it is out of reach."""
+    machine's. Raises ClusterError where it is out of reach, ConfigError where it is no address of a dashboard."""
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _DEFAULT_ADDRESS
+        address = address or os.environ.get(_VARIABLE) or _DEFAULT_ADDRESS
+        self.address = address if "://" in address else f"http://{address}"
+        if urlsplit(self.address).scheme not in ("http", "https"):
+            raise ConfigError(f"{address} is no address of a Ray dashboard, such as {_DEFAULT_ADDRESS}")
         for name, level in _LOG_LEVELS.items():
             logging.getLogger(name).setLevel(level)
         with self._reaching():
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # RAY_AUTH_MODE unset, and there is one
-            self._client = JobSubmissionClient(self.address)
+            with _asked(self.address):
+                self._client = JobSubmissionClient(self.address)
 
     def submit(self, path: Path, overrides: Sequence[str]) -> str:
         """Submit a training, and return the job's id.
@@ -155,11 +162,25 @@ class Jobs:
                 f"the cluster at {self.address} wants its token, and got none or another: it is looked for in "
                 "RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
             ) from error
-        except (ConnectionError, RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError, RayError) as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
             if job_id is not None and "does not exist" in str(error):
                 raise ClusterError(f"the cluster at {self.address} has no job {job_id!r}") from error
             raise ClusterError(f"no Ray dashboard answers as it should at {self.address}: {text}") from error
+
+
+@contextmanager
+def _asked(address: str) -> Iterator[None]:
+    """Have Ray's client ask this address: it would prefer what RAY_API_SERVER_ADDRESS or RAY_ADDRESS says."""
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = before
 
 
 def has_ended(state: JobState) -> bool:
@@ -168,7 +189,8 @@ def has_ended(state: JobState) -> bool:
 
 
 def exit_code(state: JobState) -> int:
-    """What distrain itself ended with; 1 where that is not known, 0 for a job that succeeded."""
+    """What distrain itself ended with. Where that is not known: 0 for one that succeeded, 143 for one that was stopped,
+    which Ray does by SIGTERM, else 1."""
     if state.exit_code is not None:
         return state.exit_code if state.exit_code >= 0 else 128 - state.exit_code
-    return 0 if state.status == JobStatus.SUCCEEDED.value else 1
+    return {JobStatus.SUCCEEDED.value: 0, JobStatus.STOPPED.value: 128 + signal.SIGTERM}.get(state.status, 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distrain import __version__
-from distrain.errors import CheckpointError
+from distrain.errors import CheckpointError, CheckpointUnreadable
 
 if TYPE_CHECKING:
     from distrain.storage import Place
@@ -39,7 +39,7 @@ def read_manifest(path: Place) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing; {path} is no checkpoint, or a damaged one") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointUnreadable(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: not a manifest ({type(error).__name__}: {error})") from error
     if is_newer:

@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from distrain.credentials import redacted
 from distrain.data.files import filesystem
-from distrain.errors import CheckpointError, DataError
+from distrain.errors import CheckpointError, CheckpointUnreadable, DataError
 from distrain.manifest import MANIFEST
 
 _ABANDONED_S = 3600.0  # a folder that nobody has finished for so long
@@ -103,13 +103,13 @@ class ObjectPath:
             selector = fs.FileSelector(self.key, allow_not_found=True, recursive=recursive)
             return list(self.files.get_file_info(selector))
         except OSError as error:
-            raise CheckpointError(f"{self}: cannot be listed: {_first_line(error)}") from error
+            raise CheckpointUnreadable(f"{self}: cannot be listed: {_first_line(error)}") from error
 
     def _info(self) -> fs.FileInfo:
         try:
             return self.files.get_file_info(self.key)
         except OSError as error:
-            raise CheckpointError(f"{self}: cannot be reached: {_first_line(error)}") from error
+            raise CheckpointUnreadable(f"{self}: cannot be reached: {_first_line(error)}") from error
 
 
 def write_folder(folder: ObjectPath, files: Mapping[str, bytes]) -> None:

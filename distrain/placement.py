@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import math
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from distrain.config import WorkersConfig
 from distrain.devices.cuda import cuda_problem
-from distrain.errors import ClusterError
+from distrain.errors import ClusterError, Interrupted
 from distrain.ray_guard import RayGuard
 from distrain.signals import handlers_kept
 
@@ -33,6 +36,7 @@ _OBJECT_STORE_BYTES = 128 * 1024 * 1024  # only checkpoints pass through it
 _RESERVE_SECONDS = 30.0
 _PATIENCE_SECONDS = 2.0  # after which a Ray of our own, which nobody else uses, has lost the room; doubled each time
 _ANSWER_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
 _GROW_SECONDS = 2.0  # for workers beyond those that are needed, at the start
 
 
@@ -143,9 +147,21 @@ def check_answers(address: str) -> None:
 
 
 def _init(**settings: Any) -> None:
-    """`ray.init`, which leaves this process its signal handlers: Ray's SIGTERM handler ends the program."""
+    """`ray.init`, which leaves this process its signal handlers: Ray's SIGTERM handler ends the program.
+
+    Raises Interrupted where a SIGTERM comes before they are given back.
+    """
     with handlers_kept():
-        ray.init(**settings)
+        try:
+            ray.init(**settings)
+        except SystemExit as stopped:
+            raise Interrupted("stopped while Ray started", signal.SIGTERM) from stopped
+
+
+def _free() -> str:
+    """How much of the cluster is free, in words."""
+    free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
+    return f"{free:g} of {there:g} CPUs are free"
 
 
 def _is_lost(table: dict[str, Any]) -> bool:
@@ -157,13 +173,17 @@ class Cluster:
     """A Ray cluster for one run: attached to where there is one, else a Ray of our own that ends with the run.
 
     `address`: None takes RAY_ADDRESS if set and else starts a Ray of our own; "local" never attaches. A Ray that this
-    process is already connected to is used as it is. There has to be room for as many
-    workers as a run needs to begin.
+    process is already connected to is used as it is. It has to have room for as many workers as a run needs to begin,
+    or to get it within `wait_seconds`; None: it gets no new machines, and others may take 30 s to leave. A Ray of our
+    own has room for `num_runs` such runs side by side.
     """
 
-    def __init__(self, address: str | None, workers: WorkersConfig) -> None:
+    def __init__(
+        self, address: str | None, workers: WorkersConfig, wait_seconds: float | None = None, num_runs: int = 1
+    ) -> None:
         self._workers, self._num_workers, self._cpus = workers, workers.count, workers.cpus
-        self._needed, self._most = workers.needed, workers.most
+        self._grows, self._wait_s = wait_seconds is not None, _RESERVE_SECONDS if wait_seconds is None else wait_seconds
+        self._needed, self._most, self._num_runs = workers.needed, workers.most, num_runs
         self._temporary: str | None = None
         self._guard: RayGuard | None = None
         self._owned = not ray.is_initialized()
@@ -177,7 +197,11 @@ class Cluster:
         elif self._owned:
             self._attach(address)
         if not self.is_local:
-            self.resources = self._check_room()
+            try:
+                self.resources = self._check_room()
+            except ClusterError:
+                self.close()  # the next run in this process may be meant for another cluster
+                raise
 
     def _start_local(self) -> None:
         self._temporary = tempfile.mkdtemp(prefix="distrain-ray-")
@@ -185,7 +209,7 @@ class Cluster:
         try:
             _init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, int(-(-self.resources.asked_cpus // 1))),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(self._num_runs * self.resources.asked_cpus)),
                 num_gpus=int(self.resources.there_gpus) or None,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
@@ -211,21 +235,32 @@ class Cluster:
         all_there = ray.cluster_resources()
         asked, there = self._num_workers * self._cpus, all_there.get("CPU", 0.0)
         needed = self._needed * self._cpus
+        gpus = all_there.get("GPU", 0.0)
+        found = Resources(asked, there, False, _gpus(self._workers, self._num_workers), gpus)
+        if self._grows:
+            return found
         if needed > there:
             key = "workers.count" if self._needed == self._num_workers else "workers.min"
             raise ClusterError(
                 f"asked for {needed:g} CPUs ({self._needed} workers of {self._cpus:g}), the cluster has {there:g}. "
-                f"Lower {key} or workers.cpus, or add nodes"
+                f"Lower {key} or workers.cpus, or add nodes; where something adds them when they are asked for, "
+                "cluster.wait_seconds says how long that may take"
             )
-        gpus = all_there.get("GPU", 0.0)
         _check_gpus(self._workers, self._needed, gpus, f"the cluster has {gpus:g}")
-        return Resources(asked, there, False, _gpus(self._workers, self._num_workers), gpus)
+        return found
 
-    def reserve(self) -> Placement:
-        """Reserve room for the workers that are needed, together. Raises ClusterError when it is not to be had within
-        30 s."""
-        group = self._await_room()
-        placement = Placement(group, self._needed, self._workers, self._groups, may_grow=self._needed < self._most)
+    def reserve(
+        self, note: Callable[[str], None] = lambda message: None, stopping: Callable[[], bool] = lambda: False
+    ) -> Placement | None:
+        """Reserve room for the workers that are needed, together; None where `stopping` came first. `note` is told
+        that it is waited for. Raises ClusterError when there is none within the time for it."""
+        group = self._await_room(note, stopping)
+        if group is None:
+            return None
+        may_grow = self._needed < self._most
+        placement = Placement(group, self._needed, self._workers, self._groups, may_grow, self._wait_s, stopping)
+        if not placement.settle():
+            return None
         for rank in range(self._needed, self._most):
             placement.ask(rank)
         until = time.monotonic() + _GROW_SECONDS
@@ -234,17 +269,27 @@ class Cluster:
             time.sleep(0.05)
         return placement
 
-    def _await_room(self) -> PlacementGroup:
+    def _await_room(self, note: Callable[[str], None], stopping: Callable[[], bool]) -> PlacementGroup | None:
         """A placement group that is there. What Ray loses of the calls that make it is asked for again."""
-        until, patience, group = time.monotonic() + _RESERVE_SECONDS, _PATIENCE_SECONDS, None
-        while True:
+        until, patience, group = time.monotonic() + self._wait_s, _PATIENCE_SECONDS, None
+        is_told = self.is_local
+        while not stopping():
             if group is None:
                 group = placement_group([bundle(self._workers, rank) for rank in range(self._needed)], strategy="PACK")
                 self._groups.append(group)
             if group.wait(max(min(patience, until - time.monotonic()), 0.0)):
                 return group
             if time.monotonic() >= until:
-                break
+                raise ClusterError(
+                    f"asked for {self._needed} workers of {_each(self._workers)}, and no room came free within "
+                    f"{self._wait_s:g} s: {_free()}. Others use the cluster, or no node has as much for one worker"
+                )
+            if not is_told:
+                is_told = True
+                note(
+                    f"waiting up to {self._wait_s:g} s for room for {self._needed} workers of {_each(self._workers)}: "
+                    f"{_free()}"
+                )
             if _is_lost(placement_group_table(group)):
                 self._groups.remove(group)
                 remove_placement_group(group)
@@ -256,12 +301,7 @@ class Cluster:
                 self._start_local()
                 until += time.monotonic() - began  # its start may take 20 s where calls are lost, and is no waiting
                 group, patience = None, 2 * patience
-        free = ray.available_resources().get("CPU", 0.0)
-        raise ClusterError(
-            f"asked for {self._needed} workers of {_each(self._workers)}, and no room came free within "
-            f"{_RESERVE_SECONDS:g} s: {free:g} of {self.resources.there_cpus:g} CPUs are free. Others use the "
-            "cluster, or no node has as much for one worker"
-        )
+        return None
 
     def close(self) -> None:
         """Give the room back; end a Ray of our own and remove its files."""
@@ -300,13 +340,15 @@ class Placement:
         workers: WorkersConfig,
         groups: list[PlacementGroup],
         may_grow: bool,
+        wait_s: float,
+        stopping: Callable[[], bool],
     ) -> None:
-        self._group, self._workers, self._groups, self._may_grow = group, workers, groups, may_grow
+        self._needed, self._workers, self._groups, self._may_grow = num_workers, workers, groups, may_grow
+        self._wait_s, self._stopping = wait_s, stopping
         self._rooms = {rank: _Room(group, rank) for rank in range(num_workers)}
         self._asked: dict[int, PlacementGroup] = {}
         self._cluster_state = GcsClient(address=ray.get_runtime_context().gcs_address)
         self.server_node = ""
-        self.settle()
 
     @property
     def ranks(self) -> list[int]:
@@ -323,21 +365,30 @@ class Placement:
         """Whether workers are on other nodes than the server, or may come to be."""
         return self._may_grow or len(set(self.nodes().values())) > 1 or len(ray.nodes()) > 1
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Choose the server's node: that of the most workers, so that it shares memory with as many as it can.
 
-        After a node died this waits for Ray to find other room. Raises ClusterError when it finds none.
+        After a node died this waits for Ray to find other room for the workers that are needed. False where the run was
+        asked to stop meanwhile. Raises ClusterError when there is none within the time for it.
         """
-        if not self._group.wait(_RESERVE_SECONDS):
-            raise ClusterError(
-                f"the cluster has lost nodes, and no room for {len(self._rooms)} workers of {_each(self._workers)} "
-                f"came free within {_RESERVE_SECONDS:g} s"
-            )
+        until = time.monotonic() + self._wait_s
+        while True:
+            nodes, alive = self.nodes(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            if all(nodes.get(rank) in alive for rank in range(self._needed)):
+                break
+            if self._stopping():
+                return False
+            if time.monotonic() > until:
+                raise ClusterError(
+                    f"the cluster has lost nodes, and no room for {self._needed} workers of {_each(self._workers)} "
+                    f"came free within {self._wait_s:g} s"
+                )
+            time.sleep(_LOOK_SECONDS)
         leaving = self.draining()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        counts = Counter(node for node in self.nodes().values() if node in alive)
+        counts = Counter(node for node in nodes.values() if node in alive)
         candidates = [node for node, _ in counts.most_common() if node not in leaving] or list(alive - leaving.keys())
         self.server_node = candidates[0] if candidates else next(iter(alive))
+        return True
 
     def nodes_of_slices(self, count: int) -> list[str]:
         """The nodes of so many servers of slices, beside the server's: each on another one where there are enough,
@@ -354,6 +405,17 @@ class Placement:
         if rank not in self._asked:
             self._asked[rank] = placement_group([bundle(self._workers, rank)])
             self._groups.append(self._asked[rank])
+
+    def awaits(self, rank: int) -> bool:
+        """Whether other room was asked for, and has not come."""
+        return rank in self._asked
+
+    def give_back(self) -> None:
+        """Give back the rooms that nobody has any more, with whoever is in one still: where all who moved have left."""
+        kept = {id(group) for group in [*(room.group for room in self._rooms.values()), *self._asked.values()]}
+        for group in [group for group in self._groups if id(group) not in kept]:
+            self._groups.remove(group)
+            remove_placement_group(group)
 
     def arrived(self) -> list[int]:
         """The ranks whose room has come since the last call."""
@@ -378,9 +440,10 @@ class Placement:
         return found
 
     def draining(self) -> dict[str, float]:
-        """The nodes that are about to go (spot preemption, scaling down), each with the Unix seconds of its end."""
+        """The nodes that are about to go (spot preemption, scaling down), each with the Unix seconds of its end, which
+        are infinite where it goes when it is empty."""
         deadlines: dict[str, int] = self._cluster_state.get_draining_nodes()
-        return {node: deadline / 1000 for node, deadline in deadlines.items()}
+        return {node: deadline / 1000 if deadline else math.inf for node, deadline in deadlines.items()}
 
     def for_worker(self, rank: int) -> PlacementGroupSchedulingStrategy:
         room = self._rooms[rank]

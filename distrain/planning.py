@@ -115,9 +115,8 @@ def _largest_window(source: Source) -> int:
 
 def _resources(config: TrainConfig) -> tuple[str, dict[str, float], dict[str, float], tuple[str, ...]]:
     """Where it would run, what is asked for, what is there, and what to mind."""
-    count, cpus = config.workers.count, config.workers.cpus
-    gpus = sum(config.workers.gpus_of(rank) for rank in range(count))
-    asked = {"CPU": count * cpus, **({"GPU": gpus} if gpus else {})}
+    count, gpus = config.workers.count, config.workers.all_gpus
+    asked = {"CPU": config.workers.all_cpus, **({"GPU": gpus} if gpus else {})}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         try:
@@ -127,7 +126,7 @@ def _resources(config: TrainConfig) -> tuple[str, dict[str, float], dict[str, fl
         shared = (f"{count} workers would share {room.there_cpus:g} cores",) if room.shared_cores else ()
         return "a local Ray of its own", asked, _there(room), shared
     try:
-        cluster = Cluster(address, config.workers)
+        cluster = Cluster(address, config.workers, config.cluster.wait_seconds)
     except DistrainError as error:
         return address, asked, {}, (error.message,)
     try:

@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = b"\x1b[?25h"  # which live lines hide
 
 
 @contextmanager
@@ -47,8 +48,16 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            with suppress(OSError):
+                if os.isatty(2):
+                    os.write(2, _SHOW_CURSOR)
             os._exit(128 + number)  # a local Ray and all actors share this process's fate
         self.received = number
-        name = signal.Signals(number).name
-        print(f"{name}: finishing the step and writing a checkpoint; once more to end at once", file=sys.stderr)
         self._stop()
+        # On a thread, since what was interrupted may hold the terminal's lock.
+        threading.Thread(target=_tell, args=(signal.Signals(number).name,), daemon=True).start()
+
+
+def _tell(name: str) -> None:
+    with suppress(OSError):  # who reads may have been interrupted as well
+        print(f"{name}: finishing the step and writing a checkpoint; once more to end at once", file=sys.stderr)

@@ -40,7 +40,7 @@ Decision = Replace | GiveUp | Fail
 class _Place:
     failed_starts: int = 0
     joined_at: int | None = None
-    empty: bool = False
+    is_taken: bool = False
 
 
 class Supervision:
@@ -49,7 +49,7 @@ class Supervision:
     A server is replaced, however often it ends, as long as it gets further each time; after four times in a row without
     a new step the run ends. A worker that took part in at least one whole step is replaced at once, however often that
     happens. One that ends before that counts as a failed start: the pauses double, and after four in a row the place is
-    given up, or the run if fewer than `min_workers` places would be left.
+    given up, or the run if fewer than `min_workers` places would be left, of those that were ever started.
     """
 
     def __init__(self, num_workers: int, min_workers: int) -> None:
@@ -57,6 +57,10 @@ class Supervision:
         self._min_workers = min_workers
         self._server_at, self._server_failures = -1, 0
         self.failures = 0  # workers that ended before the run did
+
+    def started(self, rank: int) -> None:
+        """There was room for the worker of this rank, and it starts."""
+        self._places[rank].is_taken = True
 
     def joined(self, rank: int, step: int) -> None:
         """The worker of this rank joined when the run was at `step`."""
@@ -81,8 +85,8 @@ class Supervision:
         place.failed_starts = 0 if settled else place.failed_starts + 1
         if place.failed_starts < _MAX_FAILED_STARTS:
             return Replace(rank, _pause(place.failed_starts))
-        place.empty = True
-        left = sum(not place.empty for place in self._places)
+        place.is_taken = False
+        left = sum(place.is_taken for place in self._places)
         message = f"worker {rank} failed {place.failed_starts} times in a row before finishing a step: {cause}"
         if left >= self._min_workers and left > 0:
             return GiveUp(rank, f"{message}; going on with {left}")

@@ -19,6 +19,7 @@ from distrain.checkpoint import (
     MODEL,
     Checkpoint,
     CheckpointStore,
+    Found,
     Snapshot,
     as_overrides,
     differences,
@@ -33,7 +34,7 @@ from distrain.config import TrainConfig
 from distrain.crew import MOVING, Crew, worker_threads
 from distrain.data.plan import Plan
 from distrain.devices import Arithmetic
-from distrain.errors import CheckpointError, ConfigError, Interrupted, ServerLost, TrackingError
+from distrain.errors import CheckpointError, CheckpointUnreadable, ConfigError, Interrupted, ServerLost, TrackingError
 from distrain.final_model import log_model
 from distrain.history import History
 from distrain.learning.overfitting import Look, overfitting
@@ -45,7 +46,7 @@ from distrain.progress import Progress, RunInfo, SilentProgress
 from distrain.records import Event, Report
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.loss_scale import first_scale
-from distrain.server.stopping import HIGHER_IS_BETTER
+from distrain.server.stopping import HIGHER_IS_BETTER, best_metric
 from distrain.signals import SIGNALS, StopSignals
 from distrain.step_sums import StepSums
 from distrain.storage import Mirror, Place, place
@@ -218,7 +219,7 @@ class Trainer:
         tracker.open()  # which takes as long as Ray does, and a core that Ray leaves idle
         self._progress.phase("starting Ray")
         try:
-            cluster = Cluster(config.cluster.address, config.workers)
+            cluster = Cluster(config.cluster.address, config.workers, config.cluster.wait_seconds)
         except BaseException:
             tracker.finish("FAILED")
             raise
@@ -230,7 +231,10 @@ class Trainer:
                 status = "FINISHED" if result.status == "finished" else "KILLED"
             except _StoppedEarly as stopped:
                 status = "KILLED"
-                raise Interrupted("stopped before the first step", signals.received or SIGNALS[0]) from stopped
+                message = "stopped before the first step"
+                if self._written is not None:
+                    message = f"stopped after step {self._step}; go on with: distrain resume {self._written}"
+                raise Interrupted(message, signals.received or SIGNALS[0]) from stopped
             finally:
                 self._progress.phase("storing the run in MLflow" if config.tracking.enabled else "ending")
                 tracker.finish(status)
@@ -289,7 +293,9 @@ class Trainer:
             )
         if self.config.server.slices > 1 and self.config.diagnostics.every_steps is not None:
             self._progress.note("diagnostics: layers are not looked at, since server.slices is more than 1")
-        placement = cluster.reserve()
+        placement = cluster.reserve(self._progress.note, lambda: self._stop_reason is not None)
+        if placement is None:
+            raise _StoppedEarly
         run = RunSpec(
             preparation.task,
             preparation.train,
@@ -338,12 +344,14 @@ class Trainer:
                 outcome = self._watch(crew, writer, tracker)
                 if outcome.reason != MOVING or self._stop_reason is not None:
                     break
-                crew.move()
+                if not crew.move():
+                    raise _StoppedEarly
                 restored = self._go_back("the parameter server's node is about to go", tracker)
             except ServerLost as lost:
                 self._lost_servers += 1
                 self._lost_at = self._lost_at or time.time()
-                crew.dismiss(lost, self._step)
+                if not crew.dismiss(lost, self._step):
+                    raise _StoppedEarly from lost
                 restored = self._go_back(lost.message, tracker)
         if writer.last_error is not None:
             raise writer.last_error
@@ -425,13 +433,7 @@ class Trainer:
 
     def _go_back(self, why: str, tracker: Tracker) -> Restored | None:
         """Where the next server goes on: the last good checkpoint, or where this run began."""
-        store = CheckpointStore(self._folder)
-        try:
-            found = store.latest()
-            damaged = len(found.skipped) if found is not None else 0
-        except CheckpointError as error:
-            self._progress.note(error.message)
-            found, damaged = None, store.count
+        found, damaged = self._last_good()
         checkpoint = self._checkpoint
         if found is not None and (checkpoint is None or found.path != checkpoint.path):
             checkpoint = load(found.path)
@@ -443,6 +445,27 @@ class Trainer:
         self._progress.note(message)
         tracker.event(Event(_now_ms(), "restored", message, step))
         return restored
+
+    def _last_good(self) -> tuple[Found | None, int]:
+        """The last good checkpoint, and how many later ones are damaged.
+
+        Raises CheckpointUnreadable where that cannot be told for a minute: to begin anew would cost what they hold.
+        """
+        store, until, is_told = CheckpointStore(self._folder), time.monotonic() + _UNREADABLE_SECONDS, False
+        while True:
+            try:
+                found = store.latest()
+                return found, len(found.skipped) if found is not None else 0
+            except CheckpointUnreadable as error:
+                if time.monotonic() > until or self._stop_reason is not None:
+                    raise
+                if not is_told:
+                    self._progress.note(f"{error.message}; trying again for {_UNREADABLE_SECONDS:g} s")
+                is_told = True
+                time.sleep(1.0)
+            except CheckpointError as error:
+                self._progress.note(error.message)
+                return None, store.count
 
     def _update_spec(self, placement: Placement, plan: Plan) -> UpdateSpec:
         config = self.config
@@ -495,6 +518,8 @@ class Trainer:
         name = str(self._checkpoint.manifest["run_name"]) if self._checkpoint is not None else None
         if name is not None and not self._is_branch:
             return name
+        if self._is_auto and not self._is_branch:
+            return str(self.config.tracking.run_name)  # by which the next attempt looks for this one's checkpoints
         name = name or self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         unique, number = name, 2
         while (self._root / unique).exists():
@@ -503,7 +528,7 @@ class Trainer:
 
     def _checkpoint_writer(self, preparation: Preparation, crew: Crew, tracker: Tracker) -> CheckpointWriter:
         config, dataset = self.config, preparation.train.dataset
-        metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
+        metric = best_metric(config.early_stopping)
         store = CheckpointStore(self._folder, config.checkpoint.keep, metric, metric in HIGHER_IS_BETTER)
 
         def fields(snapshot: Snapshot) -> dict[str, Any]:
@@ -659,11 +684,12 @@ class Trainer:
         )
 
 
+_UNREADABLE_SECONDS = 60.0
 _NOT_PARAMS = ("tracking.run_name", "checkpoint.dir")  # names, by which runs are not to be compared
 
 
 class _StoppedEarly(Exception):
-    """Asked to stop before the first step."""
+    """Asked to stop while no server trains."""
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from distrain import checkpoint
 from distrain.checkpoint import (
     MODEL,
     CheckpointStore,
@@ -33,7 +35,7 @@ from distrain.checkpoint import (
     verify,
 )
 from distrain.durable import remove_leftovers
-from distrain.errors import CheckpointError
+from distrain.errors import CheckpointError, CheckpointUnreadable
 from distrain.manifest import FORMAT, read_manifest, seal
 from tests.support.disk import largest_file
 
@@ -203,6 +205,21 @@ def test_damage_is_named_and_passed_over(
         find(store.directory)
     assert str(older) in caught.value.message
     assert str(newer) in caught.value.message
+
+
+def test_what_cannot_be_read_may_be_good(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, unread = store.write(snapshot(1), FIELDS), store.write(snapshot(2), FIELDS)
+    (damaged / "model.safetensors").write_bytes(b"")
+    num_bytes = checkpoint.num_bytes
+
+    def asked(file: Path) -> int:
+        if file.parent == unread:
+            raise OSError(errno.EIO, "Input/output error")
+        return num_bytes(file)
+
+    monkeypatch.setattr(checkpoint, "num_bytes", asked)
+    with pytest.raises(CheckpointUnreadable, match=r"(?s)step-00000002.*Input/output error.*step-00000001.*damaged"):
+        store.latest()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -438,10 +455,11 @@ def test_what_follows_changed_keys(
         "schedule": {"steps": 7, "lr": [0.1]},
         "optimizer": {"state": [1], "param_groups": [2]},
         "agenda": {"x": 1},
+        "epoch_loss": {"epoch": 3, "weighted_loss": 1.0, "samples": 2},
     }
     manifest = {"epoch": 3, "config": config, "state": state}
     assert len(follow_changes(manifest, changed)) == told
-    assert state["agenda"] == {"epoch": 3}
+    assert state["agenda"] == {"epoch": 3} and "epoch_loss" not in state
     assert ("lr" in state["schedule"]) == keeps_schedule and state["schedule"]["steps"] == 7
     assert state["optimizer"]["state"] == ([1] if keeps_moments else [])
     has_options = any(key.startswith("optimizer.") for key in changed)

@@ -50,6 +50,12 @@ def change(path: Path, rows: int = 300, **columns: object) -> None:
     pq.write_table(table, path, row_group_size=37)
 
 
+def test_a_file_that_cannot_be_opened_is_named(job: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("distrain.config.load_config", lambda *_: Path("/nowhere/rows").read_bytes())
+    result = run("config", job)
+    assert (result.exit_code, result.stderr) == (2, "error: /nowhere/rows: No such file or directory\n")
+
+
 class TestBadInputBeforeTheStart:
     """Each a one-line error that names what and where, exit code 2, and nothing written."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given
@@ -133,6 +134,21 @@ def test_overrides_go_before_the_file_and_into_short_forms(tmp_path: Path):
     assert config.clip == ClipConfig(norm=1.0)
 
 
+def test_what_has_a_name_may_be_said_by_it(tmp_path: Path):
+    path = tmp_path / "train.yaml"
+    path.write_text(GOOD + "model: cnn\nloss: mse\noptimizer: SGD\nschedule: ReduceLROnPlateau\n")
+    config = load_config(path, ["optimizer.lr=0.1", "model.channels=[4]"])
+    assert (config.model.name, config.loss.name, config.schedule.name) == ("cnn", "mse", "ReduceLROnPlateau")
+    assert (config.optimizer.name, config.optimizer.lr, config.model.channels) == ("SGD", 0.1, [4])
+    with pytest.raises(ConfigError, match='override "model=text": model: text needs vocabulary'):
+        load_config(path, ["model=text"])
+    schema = TrainConfig.model_json_schema()
+    given = {"data": DATA, "model": "cnn", "loss": "mse", "optimizer": "SGD", "schedule": {"name": "StepLR"}}
+    jsonschema.Draft202012Validator(schema).validate(given)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema).validate({**given, "loss": 3})
+
+
 def test_python_users_get_the_same_errors_without_a_file():
     with pytest.raises(ConfigError) as error:
         TrainConfig(data={"train": "rows"}, optimizer={"lr": -1})
@@ -182,6 +198,9 @@ def test_relative_paths_are_taken_from_a_folder():
     assert found.data.train == ["/here/a", "/b", "s3://c/d"] and found.data.validation == "/here/v/*.parquet"
     assert found.checkpoint.dir == "/here/checkpoints" and found.tracking.uri == "sqlite:////here/mlflow.db"
     assert found.in_folder(Path("/elsewhere")) == found
+    assert TrainConfig(data={**DATA, "train": "~/rows"}).in_folder(Path("/here")).data.train == str(
+        Path.home() / "rows"
+    )
     server = TrainConfig(data=data, tracking={"uri": "http://mlflow:5000"}).in_folder(Path("/here"))
     assert server.tracking.uri == "http://mlflow:5000"
 
@@ -191,5 +210,10 @@ def test_what_is_not_said_the_environment_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DISTRAIN_CHECKPOINT_DIR", "/checkpoints")
     assert TrainConfig(data=DATA).tracking.uri == "http://mlflow:5000"
     assert TrainConfig(data=DATA).checkpoint.dir == "/checkpoints"
-    said = TrainConfig(data=DATA, checkpoint={"dir": "here"}, tracking={"uri": "sqlite:///mine.db"})
+    assert TrainConfig(data=DATA).cluster.wait_seconds is None
+    monkeypatch.setenv("DISTRAIN_CLUSTER_WAIT_SECONDS", "600")
+    assert TrainConfig(data=DATA).cluster.wait_seconds == 600
+    here = {"checkpoint": {"dir": "here"}, "tracking": {"uri": "sqlite:///mine.db"}, "cluster": {"wait_seconds": None}}
+    said = TrainConfig(data=DATA, **here)
     assert (said.checkpoint.dir, said.tracking.uri) == ("here", "sqlite:///mine.db")
+    assert said.cluster.wait_seconds is None

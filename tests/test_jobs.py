@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import mlflow
 import pytest
 from click.testing import CliRunner
+from ray.dashboard.utils import get_address_for_submission_client
 
 from distrain.checkpoint import MODEL, verify
 from distrain.cli import main
 from distrain.config import TrainConfig, load_config
 from distrain.errors import ConfigError
-from distrain.jobs import JobState, exit_code
+from distrain.jobs import Jobs, JobState, exit_code
 from tests.support.heads import ray_head
 from tests.support.jobs import Finished, distrain, wait_for, write_job
 
@@ -101,8 +103,33 @@ def test_a_cluster_out_of_reach_is_said(tmp_path: Path):
 
 def test_exit_codes_come_through():
     assert [exit_code(JobState("j", status, code, "")) for status, code in (
-        ("SUCCEEDED", 0), ("FAILED", 4), ("FAILED", -9), ("FAILED", None), ("SUCCEEDED", None),
-    )] == [0, 4, 137, 1, 0]  # fmt: skip
+        ("SUCCEEDED", 0), ("FAILED", 4), ("FAILED", -9), ("FAILED", None), ("SUCCEEDED", None), ("STOPPED", None),
+        ("STOPPED", 143), ("STOPPED", 0),
+    )] == [0, 4, 137, 1, 0, 143, 143, 0]  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_the_address_given_is_the_one_asked(variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    asked: list[str] = []
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            asked.append(get_address_for_submission_client(address))
+
+    monkeypatch.setattr("distrain.jobs.JobSubmissionClient", Client)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert Jobs("http://there:8265").address == "http://there:8265"
+    assert Jobs("there:8265").address == "http://there:8265"
+    default = "http://127.0.0.1:9" if variable == "RAY_API_SERVER_ADDRESS" else "http://127.0.0.1:8265"
+    assert Jobs().address == default
+    assert asked == ["http://there:8265", "http://there:8265", default]
+    assert (
+        os.environ[variable] == "http://127.0.0.1:9"
+        and len({"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"} & {*os.environ}) == 1
+    )
+    with pytest.raises(ConfigError, match="ray://there:10001 is no address of a Ray dashboard"):
+        Jobs("ray://there:10001")
 
 
 @pytest.mark.parametrize("name", ["run #1", "123", "a: b", "2024-01-01", "null", "\N{ROCKET} läuft"])

@@ -6,16 +6,22 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
 
-from distrain.checkpoint import load
+from distrain.checkpoint import CheckpointStore, Found, load
 from distrain.config import TrainConfig, load_config
-from distrain.errors import CheckpointError, ClusterError, ConfigError, DistrainError, TrainingError
+from distrain.errors import (
+    CheckpointError,
+    CheckpointUnreadable,
+    ClusterError,
+    ConfigError,
+    DistrainError,
+    TrainingError,
+)
 from distrain.history import check
 from distrain.manifest import seal
 from distrain.progress import RunInfo, SilentProgress
@@ -119,6 +125,48 @@ def test_a_name_that_is_taken_by_another_training_is_said_with_what_to_do(cluste
         match=r"(?s)batch_size.*another tracking\.run_name.*distrain resume .*/taken batch_size=24 --any",
     ):
         Trainer(load_config(job, [*named, "batch_size=24"]))
+
+
+def test_a_name_whose_run_has_no_checkpoint_yet_is_kept(tmp_path: Path):
+    """The next attempt looks for checkpoints under it, and would begin anew again and again."""
+    job = write_job(tmp_path, resume="auto", tracking={"run_name": "spot", "enabled": False})
+    (tmp_path / "checkpoints" / "spot").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "spot" / "history.jsonl").touch()
+    assert Trainer(load_config(job)).run_name == "spot"
+    assert Trainer(load_config(job, ["resume=null"])).run_name == "spot-2"
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.mark.parametrize("answers_again", [True, False])
+def test_checkpoints_out_of_reach_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_again: bool
+):
+    calls: list[int] = []
+
+    def latest(store: CheckpointStore) -> Found | None:
+        calls.append(1)
+        if len(calls) == 1 or not answers_again:
+            raise CheckpointUnreadable("s3://bucket/runs/a: cannot be listed: no answer")
+        return None
+
+    monkeypatch.setattr(CheckpointStore, "latest", latest)
+    monkeypatch.setattr("distrain.trainer._UNREADABLE_SECONDS", 5.0 if answers_again else 0.5)
+    notes = Notes()
+    trainer = Trainer(load_config(write_job(tmp_path)), notes)
+    if answers_again:
+        assert trainer._last_good() == (None, 0) and len(calls) == 2
+    else:
+        with pytest.raises(CheckpointUnreadable):
+            trainer._last_good()
+    [note] = notes.said
+    assert note.startswith("s3://bucket/runs/a: cannot be listed: no answer; trying again for")
 
 
 def test_a_name_goes_on_at_another_worker_count_with_the_shards_that_it_has(cluster: None, job: Path):
@@ -324,21 +372,16 @@ def rows(batch):
 def test_what_the_users_code_raises_on_the_way_ends_the_run_at_once(
     cluster: None, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ):
-    class Notes(SilentProgress):
-        said: ClassVar[list[str]] = []
-
-        def note(self, message: str) -> None:
-            self.said.append(message)
-
     (tmp_path / "my_parts.py").write_text(PARTS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     plain = ("data.standardize=false", "model={factory: 'my_parts:plain'}", "loss=cross_entropy", "epochs=50", part)
+    notes = Notes()
     with pytest.raises(
         DistrainError, match=r"(?s)my_parts\.py.*the user's own words|the user's own words.*my_parts\.py"
     ):
-        Trainer(load_config(job, plain), Notes()).fit()
-    assert not [note for note in Notes.said if "is replaced" in note]
+        Trainer(load_config(job, plain), notes).fit()
+    assert not [note for note in notes.said if "is replaced" in note]
 
 
 def test_one_row_for_batch_normalization_is_refused_before_the_start(cluster: None, job: Path):

@@ -22,6 +22,7 @@ from distrain.progress.standing import (
     shares,
     validation_line,
 )
+from distrain.progress.stream import lasting
 from distrain.progress.summary import show_summary
 from distrain.records import Report
 
@@ -32,7 +33,7 @@ class LineProgress:
     """One line every `every_s` seconds, and one for each validation and event."""
 
     def __init__(self, stream: TextIO | None = None, every_s: float = 3.0) -> None:
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream = lasting(stream if stream is not None else sys.stderr)
         self._every_s = every_s
         self._next_at = 0.0
         self._standing: Standing | None = None

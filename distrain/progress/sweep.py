@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distrain.progress.standing import metrics_line, number, plural
+from distrain.progress.stream import lasting
 from distrain.study.advice import seconds
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class SweepLines(SweepProgress):
     """A line on standard error for each point's beginning and end."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(file=lasting(sys.stderr), highlight=False)
         self._num_points = self._num_ended = 0
 
     def began(self, name: str, num_points: int, num_finished: int) -> None:

@@ -30,6 +30,7 @@ from distrain.progress.standing import (
     shares,
     validation_line,
 )
+from distrain.progress.stream import lasting
 from distrain.progress.summary import show_summary
 from distrain.records import Report
 
@@ -44,7 +45,7 @@ class TerminalProgress:
     """A few live lines at the bottom of the terminal; validations and events scroll by above them."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(file=lasting(sys.stderr), highlight=False)
         self._lock = threading.Lock()
         self._standing: Standing | None = None
         self._phase: Spinner | None = None

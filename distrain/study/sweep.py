@@ -8,10 +8,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distrain.config import TrainConfig
+from distrain.config import TrainConfig, WorkersConfig
 from distrain.config_file import setting
 from distrain.errors import ConfigError, DistrainError, Interrupted, TrackingError
 from distrain.placement import Cluster
@@ -27,6 +28,28 @@ from distrain.trainer import Result, Trainer
 
 _POLL_SECONDS = 0.5
 _SERVER_CPUS = 1.0  # a point beside others needs its server's core as well
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a cluster has for the points of a sweep. `may_share`: more workers than cores may share them."""
+
+    cpus: float
+    gpus: float
+    may_share: bool
+
+    def has_place(self, workers: WorkersConfig, others: Sequence[WorkersConfig], num_parallel: int | None) -> bool:
+        """Whether a point may start beside those that run. Unless it was said how many may, they must not share cores,
+        since each measures its speed."""
+        if not others:
+            return True
+        together = [*others, workers]
+        cpus, gpus = sum(each.all_cpus for each in together), sum(each.all_gpus for each in together)
+        if gpus > self.gpus:
+            return False
+        if num_parallel is None:
+            return cpus + _SERVER_CPUS * len(together) <= self.cpus
+        return len(together) <= num_parallel and (self.may_share or cpus <= self.cpus)
 
 
 class Sweep:
@@ -93,8 +116,12 @@ class Sweep:
         if tracking.enabled:
             check_reachable(tracking.uri)
         with StopSignals(self.stop) as signals:
-            most = max((config.workers for config in self._configs.values()), key=lambda workers: workers.count)
-            cluster = Cluster(self._config.cluster.address, most)
+            most = max(
+                (config.workers for config in self._configs.values()),
+                key=lambda workers: (workers.all_gpus, workers.all_cpus),
+            )
+            where, num_runs = self._config.cluster, self._num_parallel or 1
+            cluster = Cluster(where.address, most, where.wait_seconds, num_runs)
             try:
                 cores = float(os.cpu_count() or 1) if cluster.is_local else cluster.resources.there_cpus
                 self._study.num_cores = cores
@@ -103,7 +130,7 @@ class Sweep:
                 self._study.save(self.folder)
                 status = "FAILED"
                 try:
-                    self._run_all(parent, cores)
+                    self._run_all(parent, Room(cores, cluster.resources.there_gpus, cluster.is_local))
                     status = "KILLED" if self._stopping else "FINISHED"
                 finally:
                     report = publish(self._study, self.folder, parent)
@@ -158,30 +185,20 @@ class Sweep:
             resume_run_id=self._study.parent_run_id,
         )
 
-    def _run_all(self, parent: ParentRun, cores: float) -> None:
+    def _run_all(self, parent: ParentRun, room: Room) -> None:
         waiting = deque(point for point in self._points if self._study.finished(point.name) is None)
         self._progress.began(self.name, len(self._points), len(self._points) - len(waiting))
-        running: dict[Future[Point], float] = {}
+        running: dict[Future[Point], WorkersConfig] = {}
         with ThreadPoolExecutor(self._num_parallel or len(self._points)) as pool:
             while (waiting and not self._stopping) or running:
-                while waiting and not self._stopping and self._has_room(waiting[0], list(running.values()), cores):
-                    point = waiting.popleft()
-                    running[pool.submit(self._run_point, point, parent.run_id)] = self._cpus(point)
+                while waiting and not self._stopping:
+                    workers = self._configs[waiting[0].name].workers
+                    if not room.has_place(workers, list(running.values()), self._num_parallel):
+                        break
+                    running[pool.submit(self._run_point, waiting.popleft(), parent.run_id)] = workers
                 for future in wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     self._ended(future.result(), parent)
-
-    def _cpus(self, point: GridPoint) -> float:
-        workers = self._configs[point.name].workers
-        return workers.count * workers.cpus + _SERVER_CPUS
-
-    def _has_room(self, point: GridPoint, others: Sequence[float], cores: float) -> bool:
-        """Whether a point may start beside those that run: each measures its speed, so they must not share cores."""
-        if not others:
-            return True
-        if self._num_parallel is not None:
-            return len(others) < self._num_parallel
-        return sum(others) + self._cpus(point) <= cores
 
     def _run_point(self, point: GridPoint, parent_run_id: str | None) -> Point:
         """One run, on a thread of its own."""

@@ -16,7 +16,8 @@ from distrain.config import load_config
 from distrain.progress import SilentProgress
 from distrain.records import Report
 from distrain.trainer import Trainer
-from tests.support.jobs import write_plain_job
+from tests.support.heads import growing_head
+from tests.support.jobs import distrain, write_plain_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
@@ -27,6 +28,20 @@ def write_slow_job(folder: Path, seconds: float) -> Path:
     args = {"seconds": seconds, "until": str(folder / "over")}
     slow = {"factory": "tests.support.slow:build", "args": args}
     return write_plain_job(folder, model=slow, epochs=STEPS // 10, tracking={"enabled": False})
+
+
+def test_a_cluster_without_machines_is_given_time_to_get_them(tmp_path: Path):
+    job = str(write_plain_job(tmp_path, epochs=2, tracking={"enabled": False}))
+    with growing_head(num_cpus=1, max_workers=2) as head:
+        there = {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "disabled"}
+        refused = distrain("train", job, "workers.count=2", cwd=tmp_path, **there)
+        assert refused.code == 3 and "asked for 2 CPUs (2 workers of 1), the cluster has 0" in refused.stderr
+        grown = distrain("train", job, "workers.count=2", "cluster.wait_seconds=60", cwd=tmp_path, **there)
+        never = distrain("train", job, "workers.count=3", "cluster.wait_seconds=5", cwd=tmp_path, **there)
+    assert never.code == 3 and "no room came free within 5 s: " in never.stderr
+    assert grown.code == 0, grown.stderr
+    assert "waiting up to 60 s for room for 2 workers of 1 CPUs" in grown.stderr
+    assert "finished: all epochs done" in grown.stderr
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -199,3 +200,19 @@ def test_on_a_real_terminal_results_stay_apart_and_the_cursor_comes_back(no_colo
 def test_without_a_terminal_there_are_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(make_progress(), LineProgress)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w")
+    progress = LineProgress(stream)
+    progress.note("one")
+    assert os.read(read, 100) == b"one\n"
+    os.close(read)
+    progress.phase("two")
+    progress.started(INFO)
+    progress.report(some(301, 401, workers=1))
+    progress.finished(RESULT)
+    progress.close()
+    with suppress(BrokenPipeError):
+        stream.close()

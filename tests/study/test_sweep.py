@@ -9,13 +9,13 @@ import mlflow
 import pytest
 import ray
 
-from distrain.config import TrainConfig, load_config
+from distrain.config import TrainConfig, WorkersConfig, load_config
 from distrain.errors import CheckpointError, ConfigError
 from distrain.progress import SweepProgress
 from distrain.study.point import Point
 from distrain.study.record import Study
 from distrain.study.report import find
-from distrain.study.sweep import Sweep
+from distrain.study.sweep import Room, Sweep
 from distrain.trainer import Trainer
 from tests.support.jobs import Finished, distrain, finish, start, wait_for, write_job
 
@@ -104,6 +104,31 @@ def test_the_report_comes_from_the_folder_the_name_or_mlflow(folder: Path):
         assert "batch_size=16" in text and "failed" in text
     with pytest.raises(CheckpointError, match="no sweep of that name"):
         find("other", str(folder), "sqlite:///none.db")
+
+
+ON_GPUS = WorkersConfig(count=1, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("room", "workers", "num_parallel", "together"),
+    [
+        (Room(4, 0, True), WorkersConfig(count=1), None, 2),  # each with its server's core
+        (Room(4, 0, True), WorkersConfig(count=8), None, 1),
+        (Room(2, 0, True), WorkersConfig(count=2), 3, 3),  # a Ray of our own is made for as many
+        (Room(4, 0, False), WorkersConfig(count=2), 3, 2),  # others' cluster is what it is
+        (Room(16, 1, False), ON_GPUS, None, 1),
+        (Room(16, 3, True), ON_GPUS, None, 3),
+        (Room(16, 1, True), ON_GPUS, 4, 1),
+        (Room(16, 1, True), WorkersConfig(count=2, gpus=0.5, gpu_count=1), None, 2),
+    ],
+)
+def test_points_begin_as_long_as_there_is_room(
+    room: Room, workers: WorkersConfig, num_parallel: int | None, together: int
+):
+    running: list[WorkersConfig] = []
+    while room.has_place(workers, running, num_parallel):
+        running.append(workers)
+    assert len(running) == together
 
 
 def test_runs_side_by_side_in_the_terminal(folder: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -9,12 +10,14 @@ import subprocess
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+from ray.util import get_node_ip_address
 
 from tests.support.jobs import wait_for
 
@@ -34,16 +37,54 @@ class RayHead:
     metrics: str
 
 
+def _autoscaling(num_cpus: int, max_workers: int, port: int) -> dict[str, Any]:
+    """As for `ray up`, with a provider of Ray's whose machines are further nodes on this one."""
+    lists = [
+        "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "rsync_exclude",
+        "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_filter",
+    ]  # fmt: skip
+    provider = {
+        "type": "fake_multinode", "gcs_address": f"{get_node_ip_address()}:{port}", "disable_node_updaters": True,
+        "disable_launch_config_check": True, "worker_liveness_check": False,
+    }  # fmt: skip
+    kinds = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {
+            "resources": {"CPU": num_cpus, "object_store_memory": 2**27}, "node_config": {},
+            "min_workers": 0, "max_workers": max_workers,
+        },
+    }  # fmt: skip
+    return {
+        "cluster_name": "grows", "max_workers": max_workers, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.05,
+        "provider": provider, "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False,
+        "head_node_type": "ray.head.default", "available_node_types": kinds, **{name: [] for name in lists},
+    }  # fmt: skip
+
+
 @contextmanager
-def ray_head(num_cpus: int = 3, **variables: str) -> Iterator[RayHead]:
+def growing_head(num_cpus: int, max_workers: int) -> Iterator[RayHead]:
+    """A head without CPUs, whose autoscaler adds nodes with so many, as they are asked for."""
+    port = free_port()
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as settings:
+        json.dump(_autoscaling(num_cpus, max_workers, port), settings)
+        settings.flush()
+        variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        with ray_head(0, port, [f"--autoscaling-config={settings.name}"], **variables) as head:
+            yield head
+
+
+@contextmanager
+def ray_head(
+    num_cpus: int = 3, port: int | None = None, options: Sequence[str] = (), **variables: str
+) -> Iterator[RayHead]:
     """Start a node with further environment variables; by default without a token. Ends it and all its processes."""
     folder = tempfile.mkdtemp(prefix="ray-head-")
-    port, dashboard, metrics = free_port(), free_port(), free_port()
+    port, dashboard, metrics = port or free_port(), free_port(), free_port()
     command = [
         "ray", "start", "--head", "--block", f"--num-cpus={num_cpus}", f"--port={port}", f"--temp-dir={folder}",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
         f"--metrics-export-port={metrics}", f"--object-store-memory={2**27}",
-        f"--ray-client-server-port={free_port()}",
+        f"--ray-client-server-port={free_port()}", *options,
     ]  # fmt: skip
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"} | variables
     with open(Path(folder) / "out", "w") as out:
