@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -91,22 +92,29 @@ def test_what_decides_the_result_may_only_change_on_request(cluster: None, job: 
     assert resumed.epochs == 4 and resumed.samples == 3 * 300, "the second epoch began again"
 
 
-@pytest.mark.parametrize("slices", [1, 2])
+@pytest.fixture(scope="module")
+def thirteen_steps(cluster: None, job: Path) -> Path:
+    """The last checkpoint of a run."""
+    settings = ("max_steps=13", "optimizer={name: AdamW, lr: 0.01, weight_decay: 0}", "schedule=null")
+    return Path(str(fit(job, *settings, "workers.count=1").checkpoint))
+
+
 @pytest.mark.parametrize(
-    ("changes", "lr", "keeps_moments"),
+    ("changes", "lr", "keeps_moments", "slices"),
     [
-        (["optimizer.lr=0.002"], 0.002, True),
-        (["schedule={name: StepLR, step_size: 5, gamma: 0.5}"], 0.01 / 2**3, True),
-        (["optimizer.weight_decay=0.01"], 0.01, False),
+        (["optimizer.lr=0.002"], 0.002, True, 1),
+        (["schedule={name: StepLR, step_size: 5, gamma: 0.5}"], 0.01 / 2**3, True, 2),
+        (["optimizer.weight_decay=0.01"], 0.01, False, 1),
+        (["optimizer.weight_decay=0.01"], 0.01, False, 2),
     ],
 )
 def test_a_changed_learning_rate_is_followed(
-    cluster: None, job: Path, changes: list[str], lr: float, keeps_moments: bool, slices: int
+    thirteen_steps: Path, tmp_path: Path, changes: list[str], lr: float, keeps_moments: bool, slices: int
 ):
-    first = fit(job, "max_steps=13", "optimizer={name: AdamW, lr: 0.01, weight_decay: 0}", "schedule=null")
-    assert first.checkpoint is not None
+    run = tmp_path / thirteen_steps.parent.name  # a run of its own to go on with
+    shutil.copytree(thirteen_steps.parent, run)
     longer = ["max_steps=15", f"server.slices={slices}"]
-    resumed = Trainer.resume(first.checkpoint, [*changes, *longer], anyway=True).fit()
+    resumed = Trainer.resume(str(run / thirteen_steps.name), [*changes, *longer], anyway=True).fit()
     assert resumed.steps == 15 and resumed.checkpoint is not None
     optimizer = load(Path(resumed.checkpoint)).manifest["state"]["optimizer"]
     assert [group["lr"] for group in optimizer["param_groups"]] == pytest.approx([lr] * (1 if keeps_moments else 2))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import actors
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
@@ -116,25 +117,22 @@ def kill_node(cluster: Cluster, watch: Watch) -> None:
 
 def kill_relay(cluster: Cluster, watch: Watch) -> None:
     """The relay of the node without the server is killed, as that of a slice if it owns one."""
-    from ray.util.state import list_actors
-
     watch.until(lambda: watch.step >= 10)
-    [relay] = [
-        actor for actor in list_actors(detail=True) if (actor.state, actor.class_name) == ("ALIVE", "RelayActor")
-    ]
+    [relay] = _actors("RelayActor")
     joined = watch.count("joined")
-    os.kill(relay.pid, signal.SIGKILL)
+    os.kill(relay["Pid"], signal.SIGKILL)
     watch.until(lambda: watch.count("joined") > joined)
+
+
+def _actors(kind: str) -> list[dict[str, Any]]:
+    """The actors of a class, asked of the GCS itself: Ray's state API needs a dashboard, which is slow to start."""
+    return [actor for actor in actors(actor_state_name="ALIVE").values() if actor["ActorClassName"] == kind]
 
 
 def _nodes() -> tuple[str, str]:
     """The node of the server, and one with a worker only."""
-    from ray.util.state import list_actors
-
-    actors = [actor for actor in list_actors() if actor.state == "ALIVE"]
-    server = next(actor.node_id for actor in actors if actor.class_name == "ServerActor")
-    others = [actor.node_id for actor in actors if actor.class_name == "WorkerActor" and actor.node_id != server]
-    return server, others[0]
+    [server] = [actor["Address"]["NodeID"] for actor in _actors("ServerActor")]
+    return server, next(node for actor in _actors("WorkerActor") if (node := actor["Address"]["NodeID"]) != server)
 
 
 SCENARIOS: dict[str, Any] = {
@@ -145,8 +143,7 @@ SCENARIOS: dict[str, Any] = {
 def main() -> None:
     scenario, job, *overrides = sys.argv[1:]
     # The driver's node offers nothing, so that no worker is on the one node that cannot go.
-    dashboard = {"num_cpus": 0, "include_dashboard": True}
-    cluster = Cluster(initialize_head=True, head_node_args=dashboard)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(1 if scenario == "grow_and_shrink" else 2):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
