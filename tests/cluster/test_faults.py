@@ -96,6 +96,18 @@ def undisturbed(cluster: None, job: Path) -> str:
     return fit(job, Watcher())[0].parameters_sha256
 
 
+def waits_for(file: Path) -> tuple[str, ...]:
+    """A model that takes its time until there is this file, so that a run is not over before something happens."""
+    model = f"model={{factory: 'tests.support.slow:build', args: {{seconds: 0.02, until: '{file}'}}}}"
+    return model, "data.standardize=false"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_wait(cluster: None, job: Path) -> str:
+    """The hash of such a run, which nothing happens to and which does not wait."""
+    return fit(job, Watcher(), *waits_for(job))[0].parameters_sha256
+
+
 def kill(actor: str, count: int = 1) -> None:
     found = workers_of(os.getpid(), actor)
     for process in found[:count]:
@@ -147,8 +159,7 @@ def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(
 
     thread = threading.Thread(target=lose_two)  # what the watcher does holds the driver up
     watcher = Watcher(thread.start, until=tmp_path / "replaced", joined=4)
-    slow = f"model={{factory: 'tests.support.slow:build', args: {{seconds: 0.02, until: '{tmp_path / 'replaced'}'}}}}"
-    result, found = fit(job, watcher, slow, "data.standardize=false")
+    result, found = fit(job, watcher, *waits_for(tmp_path / "replaced"))
     thread.join(1)
     assert not thread.is_alive() and len(spares) == 1
     assert result.worker_failures == 2 and len(watcher.of_kind("joined")) == 4
@@ -156,16 +167,16 @@ def test_the_second_worker_that_a_node_loses_is_replaced_by_a_spare_that_waits(
     wait_for(lambda: not workers_of(os.getpid(), "SpareActor"), 10, "the spare's end")
 
 
-def test_a_worker_that_hangs_is_given_up_at_the_deadline(undisturbed: str, job: Path):
+def test_a_worker_that_hangs_is_given_up_at_the_deadline(undisturbed_wait: str, job: Path, tmp_path: Path):
     stopped: list[psutil.Process] = []
 
     def stop() -> None:
         stopped.append(workers_of(os.getpid())[0])
         stopped[0].suspend()
 
-    watcher = Watcher(stop)
-    result, _ = fit(job, watcher, "workers.timeout_seconds=2")
-    assert result.parameters_sha256 == undisturbed and result.worker_failures == 1
+    watcher = Watcher(stop, until=tmp_path / "replaced", joined=3)
+    result, _ = fit(job, watcher, "workers.timeout_seconds=2", *waits_for(tmp_path / "replaced"))
+    assert result.parameters_sha256 == undisturbed_wait and result.worker_failures == 1
     [lost] = watcher.of_kind("lost")
     assert lost.message.endswith("was given up: it was silent for 2 s")
     assert lost.time_ms / 1000 - watcher.acted_at < 2 + 2
@@ -193,10 +204,10 @@ def test_the_server_killed_goes_on_from_the_last_checkpoint(undisturbed: str, jo
             threading.Timer(unnoticed_s, raylet.resume).start()
         kill("ServerActor")
 
-    watcher = Watcher(end_the_server, step=100)
+    watcher = Watcher(end_the_server, step=STEPS // 2)
     result, found = fit(job, watcher)
     assert result.parameters_sha256 == undisturbed
-    assert found.restores == 1 and found.repeated_steps < 100
+    assert found.restores == 1 and found.repeated_steps < STEPS // 2
     assert result.worker_failures == 0
     [note] = [note for note in watcher.notes if "the parameter server died" in note]
     assert "going on from step" in note
@@ -351,7 +362,7 @@ def test_the_driver_killed_then_resumed(undisturbed: str, tmp_path: Path):
     assert problems == [] and found.steps == STEPS
 
 
-def test_a_worker_woken_after_it_was_given_up_changes_nothing(undisturbed: str, job: Path):
+def test_a_worker_woken_after_it_was_given_up_changes_nothing(undisturbed_wait: str, job: Path, tmp_path: Path):
     class Waker(Watcher):
         """Stops a worker, and lets it go on when it was given up."""
 
@@ -367,5 +378,7 @@ def test_a_worker_woken_after_it_was_given_up_changes_nothing(undisturbed: str, 
         stopped.append(workers_of(os.getpid())[0])
         stopped[0].suspend()
 
-    result, _ = fit(job, Waker(stop), "workers.timeout_seconds=1")
-    assert result.parameters_sha256 == undisturbed
+    waker = Waker(stop, until=tmp_path / "replaced", joined=3)
+    result, _ = fit(job, waker, "workers.timeout_seconds=1", *waits_for(tmp_path / "replaced"))
+    assert result.parameters_sha256 == undisturbed_wait
+    assert len(waker.of_kind("lost")) == 1 and not stopped
