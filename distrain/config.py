@@ -479,7 +479,11 @@ class CheckpointConfig(_Section):
     dir: str = Field(default_factory=lambda: os.environ.get("DISTRAIN_CHECKPOINT_DIR", "checkpoints"),
                      description="Folder, or s3:// or gs:// URI of one; each run has one of its own in it. "
                      "Not set: DISTRAIN_CHECKPOINT_DIR, else checkpoints")  # fmt: skip
-    every_steps: Count | None = Field(500, description="Steps between checkpoints, beside each epoch's end; null: none")
+    every_steps: Count | None = Field(
+        500,
+        description="Steps between checkpoints, beside each epoch's end and each validation that is the best so far; "
+        "null: none",
+    )
     every_seconds: Positive | None = Field(None, description="Seconds between checkpoints, beside those; null: none")
     keep: Count = Field(3, description="The last so many are kept, and the best")
     history: bool = Field(False, description="Keep a history.jsonl of every step, shard and restore beside them, "

@@ -103,3 +103,24 @@ class StepSums:
     def loss(self) -> float:
         """Mean over the samples."""
         return self.weighted_loss / self.samples if self.samples else math.nan
+
+
+@dataclass(slots=True)
+class EpochLoss:
+    """The training loss of the epoch that the last step was of, as far as it has come."""
+
+    epoch: int = 0
+    weighted_loss: float = 0.0  # loss x samples
+    samples: int = 0
+
+    def add(self, epoch: int, loss: float, samples: int) -> None:
+        """Take in the next step. With another epoch, its sums begin anew."""
+        if epoch != self.epoch:
+            self.epoch, self.weighted_loss, self.samples = epoch, 0.0, 0
+        self.weighted_loss += loss * samples
+        self.samples += samples
+
+    @property
+    def mean(self) -> float:
+        """Mean over the samples; NaN where there were none."""
+        return self.weighted_loss / self.samples if self.samples else math.nan

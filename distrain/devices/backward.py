@@ -50,17 +50,17 @@ class Backward:
         return list(self._missing)
 
     def put(self, bucket: Bucket, into: list[Tensor]) -> None:
-        """Move a bucket's gradients, divided by the scale, to their views of a vector, which are given for all
-        parameters. The scale is a power of two, so that dividing costs no bit unless the quotient is below float32's
-        normal numbers."""
+        """Move a bucket's gradients, sparse ones too, divided by the scale, to their views of a vector, which are given
+        for all parameters. The scale is a power of two, so that dividing costs no bit unless the quotient is below
+        float32's normal numbers."""
         for index in bucket.indices:
             gradient = self._parameters[index].grad
             if gradient is None:
                 into[index].zero_()
             elif self._scale:
-                torch.mul(gradient, 1.0 / self._scale, out=into[index])
+                torch.mul(gradient.to_dense(), 1.0 / self._scale, out=into[index])
             else:
-                into[index].copy_(gradient)
+                into[index].copy_(gradient.to_dense())
             self._parameters[index].grad = None  # its memory is for those to come
 
     def _arrived(self, bucket: Bucket, index: int, _: Tensor) -> None:

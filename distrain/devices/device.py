@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.devices.backward import Backward
+from distrain.errors import TrainingError
 from distrain.exchange.layout import Bucket, Layout, Span, views
 from distrain.exchange.memory import Published, PushSlots
 
@@ -74,7 +75,10 @@ class Device(Protocol):
         ...
 
     def finish(self, rows: int) -> None:
-        """Bring the rest of the gradient into the slot's vector, and the buffers' changes times `rows`."""
+        """Bring the rest of the gradient into the slot's vector, and the buffers' changes times `rows`.
+
+        Raises TrainingError where the forward pass made a buffer another kind of tensor.
+        """
         ...
 
     def close(self) -> None:
@@ -82,13 +86,50 @@ class Device(Protocol):
         ...
 
 
+class _Buffer:
+    """A buffer of a model. Its forward pass may change its tensor, or put another one in its place."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        path, _, self._key = name.rpartition(".")
+        self._name, self._module = name, model.get_submodule(path)
+        self._own = self._tensor
+
+    def load(self, published: Tensor) -> None:
+        """Make it the tensor that it was at first, of these values."""
+        self._own.copy_(published)
+        self._module._buffers[self._key] = self._own
+
+    def now(self) -> Tensor:
+        """What the forward pass left. Raises TrainingError where that is no such tensor as it was."""
+        own, tensor = self._own, self._tensor
+        if tensor is not own and (tensor is None or _kind(tensor) != _kind(own)):
+            found = "None" if tensor is None else f"a tensor of {_described(tensor)}"
+            raise TrainingError(
+                f"the model's forward pass replaced its buffer {self._name}, a tensor of {_described(own)}, by "
+                f"{found}: workers' buffers are averaged, so they keep their shape, device and kind of number. Keep "
+                "what does not in an attribute that is not registered as a buffer"
+            )
+        return tensor.detach()
+
+    @property
+    def _tensor(self) -> Any:
+        return self._module._buffers[self._key]
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.device, tensor.is_floating_point()
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
 class Buffers:
     """A model's buffers, the published ones, and their changes, all on one device."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        named = dict(model.named_buffers())
-        self.floats = [named[entry.name] for entry in layout.float_buffers]
-        self.counters = [named[entry.name] for entry in layout.int_buffers]
+        self._floats = [_Buffer(model, entry.name) for entry in layout.float_buffers]
+        self._counters = [_Buffer(model, entry.name) for entry in layout.int_buffers]
         self._published: list[Tensor] = []
         self._published_counters: list[Tensor] = []
 
@@ -97,17 +138,20 @@ class Buffers:
         self._published, self._published_counters = published, counters
 
     def load(self) -> None:
-        for local, published in zip(self.floats, self._published, strict=True):
-            local.copy_(published)
-        for local, published in zip(self.counters, self._published_counters, strict=True):
-            local.copy_(published)
+        for buffer, published in zip(self._floats, self._published, strict=True):
+            buffer.load(published)
+        for buffer, published in zip(self._counters, self._published_counters, strict=True):
+            buffer.load(published)
 
     def add_changes(self, changes: list[Tensor], counts: list[Tensor], rows: int) -> None:
-        """Write what training has changed, times the rows, into views of a pushed vector."""
-        for change, local, published in zip(changes, self.floats, self._published, strict=True):
-            torch.sub(local, published, out=change).mul_(rows)
-        for count, local, published in zip(counts, self.counters, self._published_counters, strict=True):
-            count.copy_(local - published).mul_(rows)
+        """Write what training has changed, times the rows, into views of a pushed vector. What is as it was published,
+        such as the -inf of an attention mask, has not changed. Raises TrainingError where a buffer is another kind of
+        tensor than it was."""
+        for change, buffer, published in zip(changes, self._floats, self._published, strict=True):
+            local = buffer.now()
+            torch.sub(local, published, out=change).masked_fill_(local == published, 0.0).mul_(rows)
+        for count, buffer, published in zip(counts, self._counters, self._published_counters, strict=True):
+            count.copy_(buffer.now().to(torch.int64) - published).mul_(rows)
 
 
 class HostDevice:

@@ -3,6 +3,8 @@ Morales-Brotons et al. 2024, "Exponential Moving Average of Weights in Deep Lear
 
 from __future__ import annotations
 
+import torch
+
 from distrain.config import AveragingConfig
 from distrain.exchange.layout import Layout, Span
 from distrain.exchange.memory import Published
@@ -17,7 +19,9 @@ class AveragedWeights:
     """
 
     def __init__(self, layout: Layout, span: Span, current: Published, config: AveragingConfig) -> None:
-        self._span, self._current, self._decay = slice(span.start, span.stop), current, config.decay
+        self._current, self._decay = current, config.decay
+        self._parameters = slice(span.start, min(span.stop, layout.num_gradients))
+        self._buffers = slice(self._parameters.stop, span.stop)
         self.published = Published(layout)
         self.published.copy_from(current)
 
@@ -27,5 +31,10 @@ class AveragedWeights:
 
     def update(self, step: int) -> None:
         """Take in the weights after update `step`, counted from 1."""
-        self.published.floats[self._span].lerp_(self._current.floats[self._span], 1.0 - self.decay(step))
+        averaged, current, share = self.published.floats, self._current.floats, 1.0 - self.decay(step)
+        averaged[self._parameters].lerp_(current[self._parameters], share)
+        buffers, now = averaged[self._buffers], current[self._buffers]
+        is_same = buffers == now  # may be infinite, as in an attention mask
+        buffers.lerp_(now, share)
+        torch.where(is_same, now, buffers, out=buffers)
         self.published.ints.copy_(self._current.ints)

@@ -150,14 +150,15 @@ def add_seen(seen: Seen, more: Seen) -> None:
 
 
 class LayerWatch:
-    """Looks at one update: `before` it, `after` it, then `looks`."""
+    """Looks at one update: `before` it, `after` it, then `looks`. Parameters that are not trained are left out."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         by_name = {entry.name: entry for entry in layout.parameters}
         self._kinds: dict[str, str] = {}
         self._entries: dict[str, list[Entry]] = {}
         for name, module in layers_of(model).items():
-            own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
+            trained = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+            own = [f"{name}.{key}" if name else key for key in trained]
             entries = [by_name[key] for key in own if key in by_name]  # a tied one has its first name only
             if entries:
                 self._kinds[name], self._entries[name] = type(module).__name__, entries

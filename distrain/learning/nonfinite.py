@@ -52,7 +52,7 @@ def rows_without_finite_gradient(model: nn.Module, outputs: Outputs, loss: Loss,
         rows = {name: tensor[start:stop] for name, tensor in batch.items()}
         total, _ = loss.total(outputs(rows), rows)
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-        return any(not bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+        return any(not bool(gradient.to_dense().isfinite().all()) for gradient in gradients if gradient is not None)
 
     training = model.training
     model.eval()

@@ -88,7 +88,12 @@ def is_spared(model: nn.Module) -> Callable[[str, Tensor], bool]:
     """Tells which parameters (name, parameter) go without weight decay and penalties: biases, and all of normalization
     layers."""
     of_norms = {id(p) for module in model.modules() if isinstance(module, NORMALIZATIONS) for p in module.parameters()}
-    return lambda name, p: id(p) in of_norms or name.rpartition(".")[2].startswith("bias")
+
+    def is_without(name: str, parameter: Tensor) -> bool:
+        own = name.rpartition(".")[2]  # nn.MultiheadAttention has in_proj_bias, bias_k and bias_v
+        return id(parameter) in of_norms or own.startswith("bias") or own.endswith("_bias")
+
+    return is_without
 
 
 def _groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

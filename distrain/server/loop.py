@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +29,7 @@ from distrain.server.reports import Captured, Reports
 from distrain.server.rounds import Round, Rounds
 from distrain.server.skipping import Skipped, Skipping
 from distrain.server.stopping import Stopping
+from distrain.step_sums import EpochLoss
 from distrain.study.noise_scale import NoiseScale
 
 
@@ -60,7 +61,8 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `status` is finished or stopped; rates count the steps after the first."""
+    """How a run ended. `status` is finished or stopped; rates count the steps after the first. `train_loss` is the mean
+    over the samples of the last epoch, as far as the run went into it."""
 
     status: str
     reason: str
@@ -135,7 +137,7 @@ class Loop:
         self._snapshot_at = time.monotonic()
         self._validation: dict[str, float] = {}
         self._validated_at = -1
-        self._last_loss = math.nan
+        self._epoch_loss = EpochLoss()
         self._epoch_ended = False
         self._start = self._mark = 0.0  # time.perf_counter() of the run, and of the last step's end
 
@@ -169,7 +171,7 @@ class Loop:
         self._symptoms.load_state_dict(state.get("symptoms", {}))
         self._skipping.load_state_dict(state.get("skipped", {}))
         self._validation = dict(state["validation"])
-        self._last_loss = state["train_loss"] if state["train_loss"] is not None else math.nan
+        self._epoch_loss = EpochLoss(**state.get("epoch_loss", {}))
 
     def run(self) -> Outcome:
         """Train to the end. Raises DivergenceError, TrainingError or what a worker reported."""
@@ -200,13 +202,16 @@ class Loop:
             if self.step > first_step + 1:
                 timed_samples += record.samples
                 timed_s += record.step_s
-            why = self._after_step() or why
+            if self._is_validation_due:
+                why = self._validate() or why
             if self._is_time_over:
                 why = why or f"{self._settings.max_s:g} seconds of training are over"
             if why is not None:
                 reason = why
                 self._tell("stopped", why)
                 break
+            if self._is_snapshot_due and not self._done():  # the end takes one, once all is validated
+                self._snapshot()
         else:
             if not self._agenda.finished:
                 reason = f"max_steps, {self._settings.max_steps:,}, are done"
@@ -224,7 +229,7 @@ class Loop:
             epoch=self._agenda.epoch,
             samples=samples,
             samples_per_second=timed_samples / timed_s if timed_s > 0 else 0.0,
-            train_loss=self._last_loss,
+            train_loss=self._epoch_loss.mean,
             validation=self._validation,
             parameters_sha256=sha256,
             training_s=time.perf_counter() - self._start,
@@ -246,6 +251,13 @@ class Loop:
     def _is_validation_due(self) -> bool:
         is_time = self._epoch_ended or _due(self.step, self._settings.validation_every_steps)
         return self._validation_plan is not None and is_time
+
+    @property
+    def _is_snapshot_due(self) -> bool:
+        every_s = self._settings.checkpoint_every_s
+        is_time = every_s is not None and time.monotonic() - self._snapshot_at >= every_s
+        is_best = self._validated_at == self.step and self._stopping.is_best
+        return self._epoch_ended or is_time or is_best or _due(self.step, self._settings.checkpoint_every_steps)
 
     @property
     def _may_begin(self) -> bool:
@@ -294,9 +306,13 @@ class Loop:
             layers = watch.looks([round_.seen[m] for m in sorted(round_.seen) if m not in dropped], update.samples)
         for warning in self._symptoms.notice(self.step, layers, update.lr):
             self._tell("warning", warning)
-        if update.samples:
-            self._last_loss = update.loss
         epoch, _ = self._plan.position(round_.microbatches[0][0])
+        self._epoch_loss.add(epoch, update.loss, update.samples)
+        if self._epoch_ended and not (self._epoch_loss.samples or self._skipping.total.microbatches):
+            raise TrainingDataError(
+                f"step {self.step}: the weights of all rows of the epoch that it ends add up to 0, so it has no mean "
+                "loss; look at data.weight and loss.class_weights"
+            )
         # Asynchronous workers compute while others do: an update's share of the time is what there was of each.
         beside = max(1, self._rounds.num_members) if self._settings.asynchronous else 1
         data_s, compute_s = (fmean(seconds.values()) / beside for seconds in (round_.data_s, round_.compute_s))
@@ -334,10 +350,10 @@ class Loop:
         return record, why
 
     def _apply(self, round_: Round, watch: LayerWatch | None, lag: int) -> tuple[Update, tuple[Partial, ...]]:
-        """Apply what a round gave. Where all of it was skipped, the parameters stay as they are."""
+        """Apply what a round gave. Where all of it was skipped, or has no weight, the parameters stay as they are."""
         gathered = self._rounds.begin_update(round_, self.step + 1)
         try:
-            if round_.skipped and not any(half.samples for half in gathered.halves):
+            if not any(half.weight for half in gathered.halves):
                 update = self._server.skip(self.step + 1)
             else:
                 read = round_.owner.own if self._settings.asynchronous and round_.owner is not None else None
@@ -394,15 +410,6 @@ class Loop:
         self._rounds.poll()
         if self._stop_reason is not None and not self._rounds.num_members:
             raise _Stopped
-
-    def _after_step(self) -> str | None:
-        """Validate and snapshot where they are due. Returns a reason to stop, if validation gave one."""
-        why = self._validate() if self._is_validation_due else None
-        every_s = self._settings.checkpoint_every_s
-        is_time = every_s is not None and time.monotonic() - self._snapshot_at >= every_s
-        if self._epoch_ended or is_time or _due(self.step, self._settings.checkpoint_every_steps):
-            self._snapshot()
-        return why
 
     def _validate(self, is_extra: bool = False) -> str | None:
         """Validate. Returns a reason to stop, if there is one. Of an extra one, at the run's end, neither schedule nor
@@ -463,7 +470,7 @@ class Loop:
             "skipped": self._skipping.state_dict(),
             "symptoms": self._symptoms.state_dict(),
             "validation": self._validation,
-            "train_loss": self._last_loss if math.isfinite(self._last_loss) else None,
+            "epoch_loss": asdict(self._epoch_loss),
         }
         metrics = self._validation if self._validated_at == self.step else {}
         self._reports.snapshot(

@@ -59,6 +59,10 @@ class LossScale:
         self._keep(step)
         return True
 
+    def skipped(self, step: int) -> None:
+        """Update `step` was left out, whatever the scale."""
+        self._keep(step)
+
     def _keep(self, step: int) -> None:
         self._after[step] = self._now
         self._after = {kept: scale for kept, scale in self._after.items() if kept >= step - self._staleness}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distrain.config import AveragingConfig, ClipConfig, OptimizerConfig, ScheduleConfig
-from distrain.errors import CheckpointError, DivergenceError, TrainingDataError
+from distrain.errors import CheckpointError, DivergenceError
 from distrain.exchange.layout import Layout, Span, views
 from distrain.exchange.memory import Published
 from distrain.exchange.slices import extents
@@ -139,6 +139,7 @@ class ParameterServer:
         start = self.layout.float_buffers[0].start if self.layout.float_buffers else self.layout.num_gradients
         stop = self.layout.int_buffers[0].start if self.layout.int_buffers else self.layout.num_floats
         self._float_buffers = slice(start, stop)
+        self._first_buffers = self.current.floats[self._float_buffers].clone()
 
     def scale_after(self, step: int) -> float:
         """The loss scale of a round that reads the parameters after update `step`; 0: the loss is not scaled."""
@@ -153,7 +154,7 @@ class ParameterServer:
         watch: LayerWatch | None = None,
         lag: int = 0,
     ) -> Update:
-        """Apply one step (number `step`, from 1).
+        """Apply one step (number `step`, from 1), whose rows have some weight.
 
         `read` holds the parameters from which the gradient was computed; delay compensation needs them. `scale` is the
         loss scale that it was computed with. `watch` looks at the update. `lag` counts the updates between those
@@ -166,10 +167,7 @@ class ParameterServer:
         halves = gathered.halves
         samples = sum(half.samples for half in halves)
         weight = sum(half.weight for half in halves)
-        if not weight:
-            raise TrainingDataError(
-                f"step {step}: the weights of its {samples} rows add up to 0, so it has no mean loss"
-            )
+        assert weight, "there is no mean loss"
         loss = sum(half.loss for half in halves) / weight
         self._average(gathered, samples, weight)
         squares = gathered.squares if gathered.squares is not None else self._of_all_slices(self.squares())
@@ -214,17 +212,23 @@ class ParameterServer:
         return Update(samples, weight, loss, penalty, data_norm, norm, lr, clipped, seconds)
 
     def skip(self, step: int) -> Update:
-        """Count a step (number `step`, from 1) of which nothing could be used: parameters and buffers stay as they are,
-        the schedule moves on."""
+        """Count a step (number `step`, from 1) of which nothing could be used, or no row has any weight: parameters and
+        buffers stay as they are, the schedule moves on."""
         lr = self.schedule.lr
         self.schedule.step()
+        if self.loss_scale is not None:
+            self.loss_scale.skipped(step)
         self._publish(step, self.span)
         return Update(0, 0.0, 0.0, 0.0, 0.0, 0.0, lr, False, 0.0)
 
     @property
     def is_finite(self) -> bool:
-        """Whether all parameters and buffers are finite, those of other slices as last taken."""
-        return math.isfinite(global_norm(self.current.floats))
+        """Whether all parameters and buffers are finite, those of other slices as last taken; a buffer's values may be
+        what they were at first, such as the -inf of an attention mask."""
+        buffers = self.current.floats[self._float_buffers]
+        is_same = torch.isclose(buffers, self._first_buffers, rtol=0.0, atol=0.0, equal_nan=True)
+        is_finite = bool((buffers.isfinite() | is_same).all())
+        return is_finite and math.isfinite(global_norm(self.current.floats[: self.layout.num_gradients]))
 
     def _step_optimizer(self, step: int) -> None:
         """Have the optimizer update the span's parameters, and publish them. It passes over those without a gradient,

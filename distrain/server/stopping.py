@@ -19,6 +19,11 @@ def better(metric: str, value: float, than: float | None, by: float = 0.0) -> bo
     return value > than + by if metric in HIGHER_IS_BETTER else value < than - by
 
 
+def best_metric(early: EarlyStoppingConfig | None) -> str:
+    """The validation metric that tells which of a run's checkpoints is the best."""
+    return early.metric if early is not None else "loss"
+
+
 def reached(target: TargetConfig, metrics: Mapping[str, float]) -> bool:
     """Whether validation is good enough."""
     value = metrics.get(target.metric, math.nan)  # there is no R^2 of a constant label
@@ -30,7 +35,7 @@ class Stopping:
 
     A target ends the run at the first validation that reaches it. Convergence (`loss_change`, `grad_norm`) looks at
     means over `window` steps; early stopping at `patience` validations in a row that did not improve the metric by
-    `min_delta`.
+    `min_delta`. `is_best` says whether the last validation was the best so far, by however little.
     """
 
     def __init__(
@@ -45,7 +50,10 @@ class Stopping:
         window = convergence.window if convergence is not None else 1
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._norms: deque[float] = deque(maxlen=window)
-        self._best: float | None = None
+        self._metric = best_metric(early)
+        self._top: float | None = None  # the best value
+        self.is_best = False
+        self._best: float | None = None  # the last that counted as better
         self._stale = 0
 
     def stepped(self, loss: float, grad_norm: float) -> str | None:
@@ -71,13 +79,16 @@ class Stopping:
 
     def validated(self, metrics: dict[str, float]) -> str | None:
         """Take one validation's metrics. Returns the reason to stop, if there is one."""
+        value = metrics.get(self._metric, math.nan)
+        self.is_best = better(self._metric, value, self._top)
+        if self.is_best:
+            self._top = value
         if self._target is not None and reached(self._target, metrics):
-            name, value = self._target.metric, metrics[self._target.metric]
-            return f"validation {name} {value:.6g} reached the target, {self._target.value:g}"
+            name = self._target.metric
+            return f"validation {name} {metrics[name]:.6g} reached the target, {self._target.value:g}"
         rule = self._early
         if rule is None:
             return None
-        value = metrics.get(rule.metric, math.nan)
         if better(rule.metric, value, self._best, rule.min_delta):
             self._best, self._stale = value, 0
             return None
@@ -89,14 +100,13 @@ class Stopping:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here; JSON-able."""
-        metric = self._early.metric if self._early is not None else None
         return {
             "losses": list(self._losses), "norms": list(self._norms),
-            "best": self._best, "stale": self._stale, "metric": metric,
+            "best": self._best, "stale": self._stale, "top": self._top, "metric": self._metric,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._losses.extend(state["losses"])
         self._norms.extend(state["norms"])
-        if self._early is not None and state.get("metric", self._early.metric) == self._early.metric:
-            self._best, self._stale = state["best"], state["stale"]
+        if state.get("metric", self._metric) == self._metric:
+            self._best, self._stale, self._top = state["best"], state["stale"], state.get("top")

@@ -41,9 +41,9 @@ def _same_time(points: Sequence[Point]) -> str | None:
 
 
 def _regularization(points: Sequence[Point]) -> str | None:
-    """The least validation loss, and by how much the training loss lay below it at the end."""
+    """The least validation loss. None where runs ended at a target: they might have come further."""
     by_size = _by_size([point for point in points if len(point.moments) > 1])
-    if len(by_size) < 2:
+    if len(by_size) < 2 or any(point.target for point in points):
         return None
     least = {s: min(min(m.metrics["loss"] for m in p.moments) for p in group) for s, group in by_size.items()}
     best = min(least, key=lambda size: least[size])

@@ -11,7 +11,7 @@ from typing import Any
 from distrain.config import TrainConfig
 from distrain.errors import TrainingError
 from distrain.progress import SweepProgress
-from distrain.server.stopping import better
+from distrain.server.stopping import best_metric, better
 from distrain.study.point import Point
 from distrain.study.sweep import Sweep
 
@@ -29,7 +29,7 @@ def train_restarts(
     name = config.tracking.run_name or f"restarts-{time.strftime('%Y%m%d-%H%M%S')}"
     overrides = ["restarts=null", f"sweep={{grid: {{seed: {seeds}}}}}"]
     study, _ = Sweep(config.changed(overrides), name, progress, num_parallel, resumes=True).run()
-    metric = config.early_stopping.metric if config.early_stopping is not None else "loss"
+    metric = best_metric(config.early_stopping)
     points = sorted(study.points, key=lambda point: int(point.values["seed"]))
     best = best_point(points, metric)
     if best is None and any(point.is_finished for point in points):

@@ -184,10 +184,11 @@ def memory(points: Sequence[Point]) -> Figure | None:
 
 
 def regularization(points: Sequence[Point]) -> Figure | None:
-    """The least validation loss each batch size reached, and how far training loss lay below it at the end."""
+    """The least validation loss each batch size reached, and how far training loss lay below it at the end. None where
+    runs ended at a target: they might have come further."""
     measured = [p for p in points if len(p.moments) > 1]
     sizes = sorted({p.batch_size for p in measured})
-    if len(sizes) < 2:
+    if len(sizes) < 2 or any(p.target for p in points):
         return None
     figure, (axes,) = _figure(1, 1)
     least = [min(min(m.metrics["loss"] for m in p.moments) for p in measured if p.batch_size == s) for s in sizes]
@@ -195,7 +196,7 @@ def regularization(points: Sequence[Point]) -> Figure | None:
     training = [min(p.train_loss for p in measured if p.batch_size == s) for s in sizes]
     axes.plot(sizes, least, marker="o", color="#d1580f", label="least validation loss")
     axes.plot(sizes, last, marker="o", color="#e3b341", linestyle="--", label="last validation loss")
-    axes.plot(sizes, training, marker="o", color="#1f6feb", label="last training loss")
+    axes.plot(sizes, training, marker="o", color="#1f6feb", label="training loss of the last epoch")
     axes.set(xscale="log", xlabel="batch size", ylabel="loss", title="Loss reached by each batch size")
     _log_if_wide(axes)
     _ticks(axes, sizes)

@@ -84,11 +84,13 @@ def _input_example(inputs: Sequence[ModelInput]) -> pd.DataFrame:
             continue
         for i, (name, kind) in enumerate(_columns(each)):
             kind_there = mlflow_type(kind)
+            is_number = kind and "list<" not in kind
+            cells = rows.reshape(len(rows), -1)[:, i] if is_number else rows
             if isinstance(kind_there, DataType):
-                columns[name] = rows.reshape(len(rows), -1)[:, i].astype(_NUMPY_TYPES[kind_there])
+                columns[name] = cells.astype(_NUMPY_TYPES[kind_there])
             else:
                 element = kind_there.dtype if isinstance(kind_there, Array) else None
-                columns[name] = rows.astype(_NUMPY_TYPES.get(element, rows.dtype)).tolist()
+                columns[name] = cells.astype(_NUMPY_TYPES.get(element, rows.dtype)).tolist()
     return pd.DataFrame(columns)
 
 

@@ -80,7 +80,7 @@ def _to_padded(frame: pd.DataFrame, described: dict) -> tuple[torch.Tensor, torc
 
 def _to_pixels(frame: pd.DataFrame, described: dict) -> np.ndarray:
     """The input's encoded images as uint8 [rows, channels, height, width]. Raises ValueError where one has another
-    shape."""
+    shape, or other than 8 bits a channel."""
     from PIL import Image  # only for models that take images
 
     (name,), shape = described["columns"], tuple(described["shape"])
@@ -88,7 +88,10 @@ def _to_pixels(frame: pd.DataFrame, described: dict) -> np.ndarray:
     pixels = np.empty((len(frame), *shape), np.uint8)
     for row, content in enumerate(frame[name]):
         with Image.open(io.BytesIO(content)) as image:
-            array = np.asarray(image.convert(as_mode[image.mode]) if image.mode in as_mode else image)
+            mode = as_mode.get(image.mode, image.mode)
+            if mode not in ("L", "LA", "RGB", "RGBA"):
+                raise ValueError(f"column {name}, row {row}: Pillow's mode {mode}; images have 8 bits a channel")
+            array = np.asarray(image if image.mode == mode else image.convert(mode))
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
         if array.shape != shape:
             raise ValueError(f"column {name}, row {row}: an image of {array.shape} where the model takes {shape}")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distrain.devices import HostDevice
+from distrain.config import LossConfig, ModelConfig
+from distrain.data.plan import Plan
+from distrain.devices import HostDevice, StreamedDevice
 from distrain.errors import TrainingError
 from distrain.exchange.layout import Layout, Span
 from distrain.exchange.memory import Published, PushSlots
+from distrain.learning.task import TaskSpec
+from distrain.worker import Source
+from tests.support.accelerator import FakeGpu
+from tests.support.datasets import ArrayDataset
 from tests.support.nets import PartlyTrained, assert_holds_gradients
+from tests.support.runs import Job, train
 
 ROWS = torch.arange(24.0).reshape(2, 4, 3) / 24  # two pieces of a microbatch
 
@@ -100,3 +108,36 @@ def test_a_gradient_summed_up_by_autograd_is_one():
     reference(ROWS[0]).sum().backward()
     assert_holds_gradients(slots[0], layout, reference)
     assert all(parameter.grad is None for parameter in model.parameters()), "its memory is free for the next one's"
+
+
+class Words(nn.Module):
+    """Features that count as words."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(30, 8, sparse=sparse), nn.Linear(8, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.last(self.embedding(features.long()).mean(1))
+
+
+def words(sparse: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return Words(sparse)
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("device", [HostDevice, lambda: StreamedDevice(FakeGpu())])
+def test_a_sparse_gradient_is_the_dense_one(scale: float | None, device):
+    rng = np.random.default_rng(0)
+    dataset = ArrayDataset(rng.integers(0, 30, (100, 4)).astype(np.float32), rng.random(100, np.float32), 20)
+    source = Source(dataset, Plan(dataset.row_counts, 16, 2, shuffle_rows=40))
+
+    def bits(sparse: bool, num_workers: int) -> str:
+        model = ModelConfig(factory="tests.devices.test_backward:words", args={"sparse": sparse})
+        spec = TaskSpec(model, LossConfig(name="mse"), 4, 1, False, 0)
+        return train(Job(source, spec, first_loss_scale=scale, devices=(device,)), num_workers)[
+            0
+        ].outcome.parameters_sha256
+
+    assert bits(True, 1) == bits(True, 2) == bits(False, 1)

@@ -49,6 +49,12 @@ def test_biases_and_norms_are_not_decayed_unless_asked():
     assert len(group["params"]) == 8
 
 
+def test_an_attentions_biases_are_not_decayed():
+    net = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    decayed, _ = build_optimizer(net, OptimizerConfig(name="AdamW", weight_decay=0.1)).param_groups
+    assert {id(p) for p in decayed["params"]} == {id(net.in_proj_weight), id(net.out_proj.weight)}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

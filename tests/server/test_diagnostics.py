@@ -117,6 +117,22 @@ def test_a_model_in_trouble_is_told_of_by_layer_and_once(the_job: Job, said: str
     assert "Try " in warning and len(set(warnings)) == len(warnings)
 
 
+def partly_frozen() -> nn.Module:
+    """A trained bias beside a frozen weight, and a layer of which nothing is trained."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+    made[0].requires_grad_(False)
+    made[2].weight.requires_grad_(False)
+    return made
+
+
+def test_what_is_not_trained_is_not_looked_at():
+    the_job = job({"factory": "tests.server.test_diagnostics:partly_frozen"}, lr=0.05, epochs=10)
+    assert warnings_of(the_job) == []
+    _, report = train(the_job)
+    assert [(layer.name, layer.num_parameters) for layer in report.steps[0].layers] == [("2", 16), ("4", 17)]
+
+
 def test_a_healthy_model_is_left_alone():
     assert warnings_of(job({"hidden": [32, 32]}, lr=0.05, epochs=10)) == []
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
+from torch import Tensor, nn
 
+from distrain.checkpoint import Snapshot
 from distrain.config import (
+    AveragingConfig,
     ClipConfig,
     ConvergenceConfig,
     EarlyStoppingConfig,
@@ -22,6 +27,7 @@ from distrain.config import (
     TargetConfig,
 )
 from distrain.data.plan import Plan
+from distrain.devices import HostDevice, StreamedDevice
 from distrain.errors import DistrainError, DivergenceError, TrainingDataError, TrainingError
 from distrain.exchange.link import Frame, Kind
 from distrain.exchange.memory import Published
@@ -31,8 +37,10 @@ from distrain.server.loop import LoopSettings
 from distrain.server.parameter_server import Gathered, ParameterServer
 from distrain.server.stopping import Stopping
 from distrain.worker import Source, Worker
+from tests.server import test_nonfinite
+from tests.support.accelerator import FakeGpu
 from tests.support.datasets import ArrayDataset
-from tests.support.runs import Job, KilledWorker, Mortal, open_run, start_worker, task, train
+from tests.support.runs import Job, KilledWorker, Mortal, Run, open_run, start_worker, task, train
 
 
 def source(rows: int = 137, batch_size: int = 16, shards: int = 4, seed: int = 0, shuffle: bool = True) -> Source:
@@ -214,6 +222,49 @@ def test_recovery_is_told_of_a_worker_that_owed_nothing(undisturbed):
     events += run.reports.drain().events
     [recovered] = [e for e in events if e.kind == "recovered"]
     assert recovered.seconds is not None and "the step in flight was whole" in recovered.message
+
+
+class Pensive(test_nonfinite.Steep):
+    """Takes a while for each forward pass, or each but those of training."""
+
+    everywhere = False
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.everywhere or not self.training:
+            time.sleep(0.03)
+        return super().forward(features)
+
+
+def pensive() -> nn.Module:
+    return Pensive()
+
+
+class TestSignsOfLife:
+    """Whatever takes long, the server hears of the worker between two forward passes, and does not give it up."""
+
+    def told(self, the_job: Job, monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
+        """What the one worker of a run of one step says."""
+
+        class Telling(Worker):
+            def join(self, *server) -> None:
+                super().join(*server)
+                send = self._link.send
+                self._link.send = lambda frame: (told.append(frame.kind), send(frame))
+
+        told: list[Kind] = []
+        monkeypatch.setattr("distrain.worker._ALIVE_SECONDS", 0.02)
+        spec = replace(the_job.task, model=ModelConfig(factory=f"{__name__}:pensive"))
+        train(replace(the_job, task=spec, loop=replace(the_job.loop, max_steps=1)), cls=Telling)
+        return told
+
+    def test_in_a_task_of_many_microbatches(self, monkeypatch):
+        monkeypatch.setattr(Pensive, "everywhere", True)
+        told = self.told(replace(job(), validation=None), monkeypatch)
+        assert told.count(Kind.ALIVE) >= 3 and told[-2:] == [Kind.PUSH, Kind.PUSH]
+
+    def test_while_it_looks_for_rows_that_are_not_finite(self, monkeypatch):
+        told = self.told(test_nonfinite.job({7: 7.0}, spec=test_nonfinite.STEEP), monkeypatch)
+        assert Kind.SKIPPED in told and told[: told.index(Kind.SKIPPED)].count(Kind.ALIVE) >= 3
 
 
 class Slow(Worker):
@@ -609,6 +660,90 @@ def test_more_workers_than_shards_leaves_some_idle_but_ready():
     assert run.outcome.status == "finished"
 
 
+class Masked(nn.Module):
+    """Attention over the features, with masks as buffers: of floats, some -inf, and of truth values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(4))
+        self.register_buffer("visible", torch.ones(4, 4).tril().bool())
+        self.register_buffer("was_trained", torch.tensor(False))
+        self.norm, self.query, self.last = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training:
+            self.was_trained.fill_(True)
+        keys = self.norm(features)
+        attention = (self.query(keys)[:, :, None] * keys[:, None, :] + self.mask).softmax(-1)
+        return self.last((attention.masked_fill(~self.visible, 0.0) @ keys[:, :, None]).squeeze(-1))
+
+
+def masked() -> nn.Module:
+    torch.manual_seed(0)
+    return Masked()
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("averaging", [None, AveragingConfig(decay=0.9)])
+def test_masks_are_buffers_that_do_not_change(staleness: int, averaging: AveragingConfig | None):
+    model = ModelConfig(factory="tests.server.test_loop:masked")
+    spec = TaskSpec(model, LossConfig(name="mse"), 4, 1, False, 0)
+    loop = LoopSettings(epochs=2, checkpoint_every_steps=5, staleness=staleness)
+    the_job = Job(source(), spec, source(50, shuffle=False), loop=loop, averaging=averaging,
+                  devices=(HostDevice, lambda: StreamedDevice(FakeGpu())))  # fmt: skip
+    runs = [train(the_job, 1)[0], train(the_job, 2)[0], train(the_job, 3, "tcp")[0]]
+    assert len({run.outcome.parameters_sha256 for run in runs}) == 1
+    first = dict(masked().named_buffers())
+    for run in runs:
+        buffers = load(snapshots_of(run)[-1].model)
+        assert all(torch.equal(buffers[name], first[name]) for name in ("mask", "visible"))
+        assert buffers["was_trained"] and not torch.equal(buffers["norm.running_mean"], first["norm.running_mean"])
+
+
+class Running(nn.Module):
+    """Follows its features' mean, and counts, in buffers: in place, or by putting new tensors into theirs."""
+
+    def __init__(self, in_place: bool, count: float) -> None:
+        super().__init__()
+        self.in_place, self.step = in_place, count
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.tensor(0))
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training and self.in_place:
+            self.mean.mul_(0.9).add_(0.1 * features.mean(0))
+            self.count.add_(self.step)
+        elif self.training:
+            self.mean = 0.9 * self.mean + 0.1 * (features + 0.0 * self.last.bias).mean(0)  # which has a gradient
+            self.count = self.count + self.step
+        return self.last(features - self.mean)
+
+
+def running(in_place: bool, count: float = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return Running(in_place, count)
+
+
+def running_job(**arguments) -> Job:
+    model = ModelConfig(factory=f"{__name__}:running", args=arguments)
+    devices = (HostDevice, lambda: StreamedDevice(FakeGpu()))
+    return replace(job(), task=TaskSpec(model, LossConfig(name="mse"), 4, 1, False, 0), devices=devices)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_buffers_that_are_replaced_are_followed_as_those_changed_in_place(num_workers: int):
+    run, _ = train(running_job(in_place=False), num_workers)
+    assert run.outcome.parameters_sha256 == train(running_job(in_place=True))[0].outcome.parameters_sha256
+    assert dict(run.server.model.named_buffers())["mean"].any()
+
+
+def test_a_buffer_that_becomes_another_kind_of_tensor_is_refused():
+    said = r"replaced its buffer count, a tensor of int64 \[\] on cpu, by a tensor of float32 \[\] on cpu"
+    with pytest.raises(TrainingError, match=said):
+        train(running_job(in_place=False, count=0.5))
+
+
 def weighted(rows: int = 137) -> Source:
     """Rows of three classes that do not count the same."""
     rng = np.random.default_rng(1)
@@ -653,9 +788,112 @@ def test_a_weighted_step_is_that_of_the_whole_batch_at_once():
         torch.testing.assert_close(mine.detach(), (theirs - 0.5 * theirs.grad).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_without_weight_is_said():
-    source = weighted(50)
-    source.dataset.weight.zero_()
-    spec = TaskSpec(ModelConfig(hidden=[8]), LossConfig(), 4, 3, False, 0)
-    with pytest.raises(TrainingDataError, match="step 1: the weights of its 16 rows add up to 0"):
-        train(Job(source, spec, loop=LoopSettings(epochs=1)), 1)
+def without_weight(*microbatches: tuple[int, int], **loop) -> Job:
+    """Those of each epoch of nine steps, the last of them of 9 rows, have rows that do not count."""
+    rows = weighted().dataset
+    plan = Plan(rows.row_counts, 16, 4, shuffle=False)
+    for step, shard in microbatches:
+        for index in range(plan.num_rows_of(step, shard)):
+            row_group, row = plan.row(0, step, shard, index)
+            rows.weight[rows.starts[row_group] + row] = 0.0
+    spec = TaskSpec(ModelConfig(hidden=[8], normalization="batch"), LossConfig(), 4, 3, False, 0)
+    return Job(Source(rows, plan), spec, loop=LoopSettings(**{"epochs": 2, **loop}))
+
+
+LAST_STEP = [(8, shard) for shard in range(4)]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_step_without_weight_changes_nothing_and_counts(staleness: int):
+    made = without_weight(*LAST_STEP, (3, 1), staleness=staleness, checkpoint_every_steps=1)
+    runs = [train(made, workers) for workers in (1, 2, 3)]
+    assert len({run.outcome.parameters_sha256 for run, _ in runs}) == 1
+    run, report = runs[0]
+    assert (run.outcome.step, run.outcome.epoch, run.outcome.status) == (18, 2, "finished")
+    assert [record.samples for record in report.steps] == ([16] * 8 + [0]) * 2
+    one_epoch, _ = train(replace(made, loop=replace(made.loop, epochs=1)))
+    before, after = (load(snapshot.model) for snapshot in snapshots_of(one_epoch)[-2:])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_left_of_an_epoch_after_a_break_may_have_no_weight():
+    made = without_weight(*LAST_STEP, epochs=1)
+    first, _ = train(replace(made, loop=replace(made.loop, max_steps=8)))
+    again = resumed(snapshots_of(first)[-1], made)
+    assert again.outcome.step == 9 and again.outcome.parameters_sha256 == first.outcome.parameters_sha256
+
+
+@pytest.mark.parametrize("loop", [{"quorum": 3}, {"asynchronous": True, "staleness": 1}])
+def test_microbatches_without_weight_are_taken_once_however_a_run_is_trained(loop: dict):
+    whole_shard = [(step, 1) for step in range(9)]
+    run, report = train(without_weight(*LAST_STEP, *whole_shard, num_workers=2, **loop), 2)
+    taken = [(step, shard) for r in report.steps for _, step, first, stop in r.taken for shard in range(first, stop)]
+    assert run.outcome.epoch == 2 and sorted(taken) == [(step, shard) for step in range(18) for shard in range(4)]
+
+
+def test_an_epoch_without_weight_is_said():
+    every = [(step, shard) for step in range(9) for shard in range(4)]
+    with pytest.raises(TrainingDataError, match="step 9: the weights of all rows of the epoch that it ends add up to"):
+        train(without_weight(*every), 1)
+
+
+@pytest.mark.parametrize(("max_steps", "from_step"), [(None, 19), (18, 10), (13, 10)])
+def test_the_training_loss_is_the_mean_of_the_last_epoch(max_steps: int | None, from_step: int):
+    run, report = train(job(max_steps=max_steps))
+    last = [record for record in report.steps if record.step >= from_step]
+    mean = sum(record.loss * record.samples for record in last) / sum(record.samples for record in last)
+    assert run.outcome.train_loss == pytest.approx(mean, rel=1e-12) != pytest.approx(last[-1].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("stop", [9, 13])
+def test_the_training_loss_does_not_know_of_a_break(stop: int):
+    first, _ = train(job(max_steps=stop))
+    snapshot = snapshots_of(first)[-1]
+    assert resumed(snapshot, job()).outcome.train_loss == train(job())[0].outcome.train_loss
+    assert resumed(snapshot, job(max_steps=stop)).outcome.train_loss == first.outcome.train_loss
+
+
+@pytest.fixture
+def uneven(monkeypatch) -> Callable[..., Job]:
+    """A job whose validations, of every second step and each epoch's last, go up and down."""
+    monkeypatch.setattr("distrain.server.reports._MAX_SNAPSHOTS", 100)  # nobody takes them before the end
+    return lambda **loop: replace(job(validation_every_steps=2, **loop), optimizer=OptimizerConfig(lr=0.1))
+
+
+def test_the_best_validation_is_in_a_checkpoint(uneven):
+    run, report = train(uneven(early_stopping=EarlyStoppingConfig(patience=50)))
+    losses = {validation.step: validation.metrics["loss"] for validation in report.validations}
+    best = {step for step in losses if losses[step] == min(losses[other] for other in losses if other <= step)}
+    assert 9 in best < losses.keys(), "or the run tests less"
+    saved = snapshots_of(run)
+    assert [snapshot.step for snapshot in saved] == sorted({*best, 9, 18, 27}), "each once"
+    assert all(snapshot.metrics["loss"] == losses[snapshot.step] for snapshot in saved)
+
+
+@pytest.mark.parametrize("loop", [{"checkpoint_every_steps": 2}, {"checkpoint_every_s": 1e-9}])
+def test_the_last_checkpoint_knows_the_validation_with_which_the_run_ends(loop: dict):
+    run, report = train(job(max_steps=4, **loop))
+    last = snapshots_of(run)[-1]
+    assert last.step == 4 and last.metrics == report.validations[-1].metrics and last.metrics
+
+
+def test_a_resumed_run_saves_a_validation_only_where_it_is_better_than_those_before(uneven):
+    whole, _ = train(uneven())
+    first, _ = train(uneven(max_steps=11))
+    again = resumed(snapshots_of(first)[-1], uneven())
+    assert [s.step for s in snapshots_of(again)] == [s.step for s in snapshots_of(whole) if s.step > 11] == [18, 27]
+
+
+def snapshots_of(run: Run) -> list[Snapshot]:
+    run.reports.drain()
+    return list(iter(run.reports.take_snapshot, None))
+
+
+def resumed(snapshot: Snapshot, the_job: Job) -> Run:
+    """Go on from a snapshot to the end, with two workers."""
+    run = open_run(the_job)
+    run.loop.restore(snapshot.step, load(snapshot.model), snapshot.state, load(snapshot.optimizer))
+    for rank in range(2):
+        start_worker(run, the_job, rank)
+    run.outcome = run.loop.run()
+    return run

@@ -50,18 +50,25 @@ def test_it_begins_with_a_power_of_two_that_fits_a_sum_over_the_rows(rows: int):
     assert 2.0**16 <= scale * rows < 2.0**17
 
 
-@given(st.integers(0, 3), st.lists(st.booleans(), max_size=40), st.integers(0, 40))
-def test_restored_at_any_update_it_goes_on_as_it_would_have(staleness: int, goes_well: list[bool], at: int):
-    """Each step uses the scale after the update that it reads, `staleness` updates ago."""
+HAPPENINGS = st.lists(st.sampled_from(["applied", "overflowed", "skipped"]), max_size=40)
+
+
+@given(st.integers(0, 3), HAPPENINGS, st.integers(0, 40))
+def test_restored_at_any_update_it_goes_on_as_it_would_have(staleness: int, happens: list[str], at: int):
+    """Each step uses the scale after the update that it reads, `staleness` updates ago. Those in flight when a run
+    stops begin again once it goes on."""
 
     def run(scale: LossScale, first: int, last: int) -> list[float]:
         used = []
         for step in range(first, last):
             used.append(scale.after(max(0, step - 1 - staleness)))
-            (scale.applied if goes_well[step - 1] else scale.overflowed)(step, used[-1])
+            if happens[step - 1] == "skipped":
+                scale.skipped(step)
+            else:
+                getattr(scale, happens[step - 1])(step, used[-1])
         return used
 
-    end, at = len(goes_well) + 1, min(at, len(goes_well))
+    end, at = len(happens) + 1, min(at, len(happens))
     expected = run(LossScale(2.0**60, staleness, growth_steps=3), 1, end)
     scale = LossScale(2.0**60, staleness, growth_steps=3)
     run(scale, 1, at + 1)

@@ -203,6 +203,16 @@ def test_rows_of_a_gradient_are_told_from_those_of_a_loss():
     assert rows_without_finite_loss(*parts, batch) == [3]
 
 
+def test_rows_of_a_sparse_gradient_are_found():
+    table = torch.nn.Embedding(4, 1, sparse=True)
+    table.weight.data.fill_(1.0)  # at which the gradient is infinite
+    table.weight.data[0] = 2.0
+    loss = build_task(STEEP).loss
+    batch = {"features": torch.tensor([0, 1, 0]), "label": torch.zeros(3)}
+    outputs = lambda rows: SteepAtOne.apply(table(rows["features"]))[:, 0]  # noqa: E731
+    assert rows_without_finite_gradient(table, outputs, loss, batch) == [1]
+
+
 def test_skipping_counts_and_caps():
     told: list[str] = []
     skipping = Skipping(2, lambda step, shard: 8, lambda kind, message: told.append(message))

@@ -110,3 +110,19 @@ def test_parameters_updated_part_by_part_are_those_updated_at_once(monkeypatch, 
         assert told[-1].stop == layout.num_floats
         for ours, theirs in zip(in_parts.readable, at_once.readable, strict=True):
             assert torch.equal(ours.floats, theirs.floats) and torch.equal(ours.ints, theirs.ints)
+
+
+def test_only_what_a_buffer_was_at_first_may_be_infinite():
+    made = nn.Linear(2, 1)
+    made.register_buffer("mask", torch.tensor([0.0, -math.inf, math.nan]))
+    server = ParameterServer(made, OptimizerConfig())
+    assert server.is_finite
+    mask = server.current.named()["mask"]
+    for place, value in ((0, -math.inf), (1, math.nan), (1, math.inf)):
+        before = mask[place].item()
+        mask[place] = value
+        assert not server.is_finite
+        mask[place] = before
+    assert server.is_finite
+    server.current.named()["weight"][0, 0] = math.nan
+    assert not server.is_finite

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
+from distrain.study.claims import claims
 from distrain.study.sweep_figures import (
     FIGURES,
     critical_batch,
     loss_curves,
+    regularization,
     steps_against_samples,
     throughput,
     time_to_target,
@@ -64,3 +66,15 @@ def test_points_without_measurements_give_no_figure(name: str):
     draw, _ = FIGURES[name]
     bare = point(target=None, moments=[], losses=[], blocks=[], samples_per_second=0.0, peak_worker_bytes=0)
     assert draw([bare]) is None
+
+
+def test_how_far_runs_come_is_only_shown_where_no_target_ended_them():
+    whole = [point(size, target=None) for size in (64, 256)]
+    figure = regularization(whole)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "least validation loss", "last validation loss", "training loss of the last epoch",
+    ]  # fmt: skip
+    assert any(said.startswith("regularization: the least validation loss") for said in claims(whole))
+    assert regularization([*whole, point(1024)]) is None
+    assert not any(said.startswith("regularization") for said in claims([*whole, point(1024)]))

@@ -92,6 +92,24 @@ def test_a_column_of_lists(round_trip):
         loaded.predict(ragged)
 
 
+def test_columns_of_types_that_mlflow_does_not_know(round_trip):
+    """Beside others, and one alone."""
+    module, columns = mlp(3), (("x", "float"), ("n", "uint64"), ("m", "uint64"))
+    loaded = round_trip(module, [ModelInput("features", torch.arange(9.0).reshape(3, 3), columns)])
+    example = loaded.input_example
+    assert (
+        example["x"].tolist() == [0, 3, 6] and example["n"].tolist() == [1, 4, 7] and example["m"].tolist() == [2, 5, 8]
+    )
+    rows = torch.tensor(example.to_numpy(dtype="float32"))
+    np.testing.assert_array_equal(loaded.predict(example), outputs_of(module, rows))
+    frame = pd.DataFrame({name: np.arange(4, dtype="uint64") for name in "xnm"}).astype({"x": "float32"})
+    assert loaded.predict(frame).shape == (4, 3)
+    one = nn.Linear(1, 1)
+    loaded = round_trip(one, [ModelInput("features", torch.tensor([[1.0], [2.0]]), (("n", "uint64"),))])
+    assert loaded.input_example["n"].tolist() == [1, 2]
+    assert loaded.predict(pd.DataFrame({"n": np.arange(4, dtype="uint64")})).shape == (4, 1)
+
+
 def test_a_single_number_and_a_whole_number_list(round_trip):
     one = nn.Linear(1, 1)
     loaded = round_trip(one, [ModelInput("features", torch.rand(2, 1), (("x", "float"),))])
@@ -201,3 +219,6 @@ def test_encoded_images(round_trip, channels):
     other = pd.DataFrame({"image": [_encoded(np.zeros((channels, 4, 4), np.uint8))]})
     with pytest.raises(ValueError, match="column image, row 0: an image of"):
         loaded.predict(other)
+    deep = pd.DataFrame({"image": [_encoded(np.full((1, 5, 4), 300, np.uint16))]})
+    with pytest.raises(ValueError, match="column image, row 0: Pillow's mode I;16; images have 8 bits a channel"):
+        loaded.predict(deep)
