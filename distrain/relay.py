@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distrain.errors import DivergenceError, LinkError, TrainingDataError
+from distrain.errors import DivergenceError, LinkError
 from distrain.exchange.host_sums import HostSums
 from distrain.exchange.layout import Layout, Span
 from distrain.exchange.link import (
@@ -309,7 +309,10 @@ class Relay:
             self._host_sums.pushed(frame)
 
     def _gone(self, link: SocketLink) -> None:
-        """A link has ended."""
+        """A link has ended. Where it led to the owner of a slice, the server gives this host up, unless the run is
+        over: the word that it is may still be on its way."""
+        for slice_ in [slice_ for slice_, owner in self._owners.items() if owner is link]:
+            self._hub.send(self._control, Frame(Kind.LEFT, incarnation=-1, slot=slice_))
         if (number := self._peers.pop(link, None)) is not None and self._slice_sums is not None:
             self._slice_sums.lose(number)
         if (worker := self._by_link.get(link)) is not None:
@@ -397,15 +400,16 @@ class Relay:
         squares = unpack_values(frame.payload[8 * frame.stop :]) or None
         gathered = replace(self._slice_sums.gather(frame.round, frame.first, frame.samples, keys), squares=squares)
         try:
-            if any(half.samples for half in gathered.halves):
+            if any(half.weight for half in gathered.halves):
                 self._server.apply(gathered, frame.step, scale=frame.loss)
-            else:  # all of it was skipped
+            else:  # all of it was skipped, or has no weight
                 self._server.skip(frame.step)
-        except (DivergenceError, TrainingDataError):  # the server finds the same, and says what follows
+        except DivergenceError:  # the server finds the same, and says what follows
             return
         finally:
             self._slice_sums.forget(lambda round_: round_ == frame.round or round_ < frame.read)
-        self._arrived[self._slice, self._server.version(frame.step, is_validation=False)] = frame.step
+        for is_validation in (False, True):
+            self._arrived[self._slice, self._server.version(frame.step, is_validation)] = frame.step
         self._pass_tasks_on()
 
     def _share(self, values: list[float]) -> list[float]:

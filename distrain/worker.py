@@ -39,7 +39,7 @@ Final = Callable[[Span], None]
 """Told of values of a microbatch's vector that nothing is added to any more."""
 
 _NAMED_ROWS = 3  # in a message
-_ALIVE_SECONDS = 1.0  # between signs of life within a microbatch of many pieces
+_ALIVE_SECONDS = 1.0  # between signs of life within a task
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ class Worker:
         self._validation = Readers(validation) if validation is not None else None
         self._num_shards = train.plan.num_shards
         self._asked = -1  # the round of the last task
+        self._said_at = 0.0  # time.perf_counter() of the last sign of life
         self._seed = seed
         self._device = device or HostDevice()
         self._intake = Intake(self._device)
@@ -202,6 +203,7 @@ class Worker:
             vector.buffer.close()
         slots.buffer.close()
         self._free: list[list[int]] = [[] for _ in range(slots.num_sets)]
+        self._pushed: list[dict[int, Block]] = [{} for _ in range(slots.num_sets)]  # by slot
         self._rounds = [-1] * slots.num_sets
         self._device.open(self._model, self.layout, published, slots, self._tells_early)
         self._loss.to(next(self._model.parameters()).device)
@@ -268,10 +270,10 @@ class Worker:
         finish = self._wire.rounding(wanted[0][0]) if frame.kind is not Kind.VALIDATE else None
         tree = TreeSum(frame.samples, finish)
         data_s, num_bytes = 0.0, 0
-        start = time.perf_counter()
+        start = self._said_at = time.perf_counter()
         following = [*wanted[1:], (wanted[0][0] + 1, wanted[0][1])]
         for place, (step, shard) in enumerate(wanted, start=frame.first):
-            pieces = Pieces(readers, step, shard, self._intake, lambda: self._link.send(Frame(Kind.ALIVE, frame.round)))
+            pieces = Pieces(readers, step, shard, self._intake)
             pieces.following = following[place - frame.first]
             block, part = Block(place, place + 1), self._empty(frame, free)
             merges = tree.plan(block, part)
@@ -288,8 +290,10 @@ class Worker:
             payload: Any = b""
             if frame.kind is Kind.VALIDATE:
                 payload = part.vector.numpy()
-            elif not self._shared:
-                payload = self._slots.bytes(part.slot)
+            else:
+                self._pushed[frame.slot][part.slot] = block
+                if not self._shared:
+                    payload = self._slots.bytes(part.slot)
             push = self._about(
                 Kind.PUSH,
                 frame,
@@ -312,13 +316,19 @@ class Worker:
         return Frame(kind, task.round, task.step, block.first, block.stop, self._incarnation, part.slot, **rest)
 
     def _free_slots(self, frame: Frame) -> list[int]:
-        """The push slots that a training task may use, all those of its set at the round's first task."""
+        """The push slots that a training task may use: all those of its set at the round's first task. What is asked
+        for again of a round had not counted, or is lost, so that the slot it was pushed in is free."""
         if frame.kind is Kind.VALIDATE:
             return []
+        free, pushed = self._free[frame.slot], self._pushed[frame.slot]
         if self._rounds[frame.slot] != frame.round:
             self._rounds[frame.slot] = frame.round
-            self._free[frame.slot] = list(self._slots.of_set(frame.slot))[::-1]
-        return self._free[frame.slot]
+            free[:] = list(self._slots.of_set(frame.slot))[::-1]
+            pushed.clear()
+        for slot in [slot for slot, b in pushed.items() if b.first < frame.stop and frame.first < b.stop]:
+            del pushed[slot]
+            free.insert(0, self._slots.renumbered(slot))
+        return free
 
     def _empty(self, frame: Frame, free: list[int]) -> Partial:
         """What a microbatch is to give: sums of metrics, or a gradient, in a push slot that is free."""
@@ -379,7 +389,7 @@ class Worker:
             is_suspect = self._is_checking or not math.isfinite(value_until_now())
             (held.append if is_suspect else give)(span)
 
-        self._device.begin(part.slot, self._scale, there)
+        self._device.begin(self._slots.place(part.slot), self._scale, there)
         self._device.load_buffers()
         self._model.train()
         self._device.seed(microbatch_seed(self._seed, step, shard))
@@ -459,7 +469,15 @@ class Worker:
         final(Span(0, len(part.vector)))
 
     def _outputs(self, batch: Batch) -> Tensor:
+        self._say_alive()
         return self._arithmetic.outputs(self._model, batch, self._device.type)
+
+    def _say_alive(self) -> None:
+        """Tell the server that a task is under way, every now and then."""
+        now = time.perf_counter()
+        if now - self._said_at > _ALIVE_SECONDS:
+            self._said_at = now
+            self._link.send(Frame(Kind.ALIVE, self._asked))
 
     def _place_parameters(self, frame: Frame) -> memoryview | None:
         return self._published[frame.version].bytes() if frame.kind is Kind.PUBLISH else None
@@ -471,13 +489,12 @@ class Worker:
 class Pieces:
     """A microbatch's rows, a piece at a time, and what it took to read them. Most microbatches are one piece.
 
-    `say_alive` is called between pieces every few seconds. `batch` is the piece given last, and `first` the place of
-    its first row in the microbatch. `following` is the (step, shard) likely to come next.
+    `batch` is the piece given last, and `first` the place of its first row in the microbatch. `following` is the
+    (step, shard) likely to come next.
     """
 
-    def __init__(self, readers: Readers, step: int, shard: int, intake: Intake, say_alive: Callable[[], None]) -> None:
-        self.readers, self._step, self._shard, self._say_alive = readers, step, shard, say_alive
-        self._intake = intake
+    def __init__(self, readers: Readers, step: int, shard: int, intake: Intake) -> None:
+        self.readers, self._step, self._shard, self._intake = readers, step, shard, intake
         self.data_s, self.num_bytes = 0.0, 0
         self.batch: Batch = {}
         self.first = 0
@@ -490,13 +507,9 @@ class Pieces:
         return self._number + 1 >= self._count
 
     def __iter__(self) -> Iterator[Batch]:
-        said = time.perf_counter()
         for number in range(self._count):
             self._number = number
             asked = time.perf_counter()
-            if asked - said > _ALIVE_SECONDS:
-                said = asked
-                self._say_alive()
             try:
                 self.batch = self._intake.take(self._key(self._step, self._shard, number, self._count))
             except DataError as error:

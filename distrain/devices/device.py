@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -89,15 +89,16 @@ class Device(Protocol):
 class _Buffer:
     """A buffer of a model. Its forward pass may change its tensor, or put another one in its place."""
 
-    def __init__(self, model: nn.Module, name: str) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], name: str) -> None:
         path, _, self._key = name.rpartition(".")
-        self._name, self._module = name, model.get_submodule(path)
+        self._name, self._module = name, modules[path]
         self._own = self._tensor
 
     def load(self, published: Tensor) -> None:
         """Make it the tensor that it was at first, of these values."""
         self._own.copy_(published)
-        self._module._buffers[self._key] = self._own
+        if self._tensor is not self._own:
+            setattr(self._module, self._key, self._own)
 
     def now(self) -> Tensor:
         """What the forward pass left. Raises TrainingError where that is no such tensor as it was."""
@@ -113,7 +114,7 @@ class _Buffer:
 
     @property
     def _tensor(self) -> Any:
-        return self._module._buffers[self._key]
+        return getattr(self._module, self._key)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -128,8 +129,9 @@ class Buffers:
     """A model's buffers, the published ones, and their changes, all on one device."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        self._floats = [_Buffer(model, entry.name) for entry in layout.float_buffers]
-        self._counters = [_Buffer(model, entry.name) for entry in layout.int_buffers]
+        modules = dict(model.named_modules())
+        self._floats = [_Buffer(modules, entry.name) for entry in layout.float_buffers]
+        self._counters = [_Buffer(modules, entry.name) for entry in layout.int_buffers]
         self._published: list[Tensor] = []
         self._published_counters: list[Tensor] = []
 

@@ -26,7 +26,7 @@ from distrain.reduction import Block, Planned, TreeSum
 _REMEMBERED = 8  # rounds whose pushes are kept, beyond those in flight
 
 Row = tuple[int, ...]
-"""A push: (incarnation, slot, first place, stop)."""
+"""A push: (incarnation, number of its slot, first place, stop)."""
 
 Keep = Callable[[Frame, Tensor | None], None]
 """Takes what is said of a sum over the slice that the host itself owns. Pieces have no payload: the float32 values are
@@ -131,7 +131,20 @@ class HostSums:
             self._work[task.round] = _Work(task.step, task.samples, task.slot)
             while len(self._work) > self.num_sets + _REMEMBERED:
                 self._end(self._work.pop(min(self._work)))
-        self._work[task.round].owed[task.incarnation, task.first] = task.stop
+        work = self._work[task.round]
+        self._forget(work, task)
+        work.owed[task.incarnation, task.first] = task.stop
+
+    def _forget(self, work: _Work, task: Frame) -> None:
+        """What a worker is asked for again did not count when it pushed it, or is lost, and its slots are free."""
+        known = [row for row in work.said.keys() | work.ready.keys() if row[0] == task.incarnation]
+        again = {row for row in known if row[2] < task.stop and task.first < row[3]}
+        if work.sum is not None and not again.isdisjoint(work.sum.planned.parts):
+            self._void(work)
+        for row in again:
+            work.said.pop(row, None)
+            work.ready.pop(row, None)
+        work.waiting -= again
 
     def ready(self, frame: Frame) -> None:
         """Some of a push is there."""

@@ -33,6 +33,7 @@ _GONE = "the other end of the link is gone"
 _MAX_UNPROVEN_BYTES = 4096  # what a peer may send before it has proved itself
 _HANDSHAKE_SECONDS = 10.0
 _RECEIVE_CHUNK = 1 << 20
+_MOST_DESCRIPTORS = 253  # in one message: Linux's SCM_MAX_FD
 _UNSENT_BYTES = 1 << 20  # of which the system has not sent any, 9 ms on 1 Gbit/s: nothing overtakes those
 
 
@@ -55,7 +56,8 @@ class Kind(IntEnum):
     READY = 14  # worker -> whoever adds its pushes up with others: values [read, samples) of a push that follows
     # Between the server and the relays of other hosts (see relay.py), which pass the kinds above on but for READY:
     ROSTER = 20  # server -> relay: where the slices' owners listen; relay -> server: they are reached
-    LEFT = 21  # relay -> server: a worker's link has ended; server -> relay: end it
+    LEFT = 21  # relay -> server: a worker's link has ended, or (incarnation -1) that to the owner of slice `slot`;
+    # server -> relay: end it
     COMBINE = 22  # server -> relay: these pushes count; their sums are to be with the owners
     OPEN = 32  # host -> owner: pieces follow of a sum over a block of places, to which the host `slot` has given the
     # number `version`
@@ -81,7 +83,7 @@ class Frame:
     first: int = 0  # places in the round [first, stop): its shards, where no payload says otherwise; piece, and publish
     stop: int = 0  # between hosts: values [first, stop) of the vector. Apply: the plan's step, and how many sums
     incarnation: int = 0
-    slot: int = 0  # push: where in the push buffer the block's vector lies; task: which set of slots is free for it
+    slot: int = 0  # push: the number of the slot where the block's vector lies; task: which set of slots is free for it
     version: int = 0  # publish, task: which of the published vectors. Welcome: how many of them there are
     read: int = 0  # publish, task of a relay's worker: the update whose parameters these are; sum, norm: a digest.
     # Welcome: 1: say READY. Apply: the oldest round that is not over
@@ -186,7 +188,7 @@ class SocketLink:
     """A Link over a connected stream socket. Never blocks on sending: what the socket will not take is queued.
 
     `sink` may place payloads straight into their buffers. `shared` says that both ends are on one host, so file
-    descriptors can be handed over.
+    descriptors can be handed over. `moved_at` is when bytes last came or went, as time.monotonic().
     """
 
     def __init__(self, sock: socket.socket, sink: Sink | None = None) -> None:
@@ -198,6 +200,7 @@ class SocketLink:
         self.shared = sock.family == socket.AF_UNIX
         self.sink = sink
         self.proven = True
+        self.moved_at = time.monotonic()
         self._words: deque[_Outgoing] = deque()
         self._bulk: deque[_Outgoing] = deque()
         self._under_way: _Outgoing | None = None
@@ -243,6 +246,7 @@ class SocketLink:
                     self._under_way = (self._words or self._bulk).popleft()
                 rest = self._under_way.rest
                 sent = self._socket.send(rest[0])
+                self.moved_at = time.monotonic()
                 if sent < len(rest[0]):
                     rest[0] = rest[0][sent:]
                     continue
@@ -292,7 +296,7 @@ class SocketLink:
     def _receive_some(self) -> Frame | None:
         if self._frame is None:
             count = self._socket.recv_into(memoryview(self._header)[self._header_filled :])
-            self._header_filled += _received(count)
+            self._header_filled += self._came(count)
             if self._header_filled < _HEADER.size:
                 return None
             self._header_filled = 0
@@ -309,12 +313,19 @@ class SocketLink:
             self._payload_filled = 0
         end = min(len(self._payload), self._payload_filled + _RECEIVE_CHUNK)
         count = self._socket.recv_into(self._payload[self._payload_filled : end])
-        self._payload_filled += _received(count)
+        self._payload_filled += self._came(count)
         if self._payload_filled < len(self._payload):
             return None
         frame, self._frame = self._frame, None
         frame.payload = self._payload
         return frame
+
+    def _came(self, count: int) -> int:
+        """So many bytes came; none is the end of the link."""
+        if count == 0:
+            raise LinkError(_GONE)
+        self.moved_at = time.monotonic()
+        return count
 
     def send_descriptors(self, descriptors: list[int]) -> None:
         """Hand file descriptors to the other end (Unix sockets only)."""
@@ -322,7 +333,8 @@ class SocketLink:
         try:
             while self.sending:
                 self.flush()
-            socket.send_fds(self._socket, [b"D"], descriptors)
+            for first in range(0, len(descriptors), _MOST_DESCRIPTORS):
+                socket.send_fds(self._socket, [b"D"], descriptors[first : first + _MOST_DESCRIPTORS])
         except OSError as error:
             raise LinkError(f"the link broke while handing over memory: {error}") from error
         finally:
@@ -331,15 +343,19 @@ class SocketLink:
     def receive_descriptors(self, count: int, timeout_s: float) -> list[int]:
         """Take `count` file descriptors that the other end hands over."""
         self._socket.settimeout(timeout_s)
+        descriptors: list[int] = []
         try:
-            message, descriptors, _, _ = socket.recv_fds(self._socket, 1, count)
+            while len(descriptors) < count:
+                most = min(count - len(descriptors), _MOST_DESCRIPTORS)
+                message, more, _, _ = socket.recv_fds(self._socket, 1, most)
+                descriptors += more
+                if message != b"D" or len(more) != most:
+                    raise LinkError(f"expected {count} shared buffers, got {len(descriptors)}")
         except OSError as error:
             raise LinkError(f"the link broke while taking over memory: {error}") from error
         finally:
             self._socket.setblocking(False)
-        if message != b"D" or len(descriptors) != count:
-            raise LinkError(f"expected {count} shared buffers, got {len(descriptors)}")
-        return list(descriptors)
+        return descriptors
 
     def wait_for(self, bell: Doorbell, rank: int) -> None:
         """From now on, `receive` sleeps until this is rung, not until bytes arrive. `rank` is the worker's."""
@@ -350,12 +366,6 @@ class SocketLink:
             self._sleeper.close()
             self._sleeper = None
         self._socket.close()
-
-
-def _received(count: int) -> int:
-    if count == 0:
-        raise LinkError(_GONE)
-    return count
 
 
 def _pack(frame: Frame, num_bytes: int) -> bytes:

@@ -112,7 +112,8 @@ class PushSlots:
     """The vectors in which one worker sums up its gradients, each of `layout.num_floats` float32 values.
 
     There are `num_sets` sets of `set_size` slots: a set for each round that may be in flight. Memory is given only to
-    the slots that are touched. Each begins on a page, so that it can be page-locked apart from the others.
+    the slots that are touched. Each begins on a page, so that it can be page-locked apart from the others. A slot that
+    is used again within a round gets another number, since what was made of the first push may still be on its way.
     """
 
     def __init__(self, layout: Layout, set_size: int, num_sets: int = 1, fd: int | None = None) -> None:
@@ -123,14 +124,22 @@ class PushSlots:
         self.buffer = SharedBuffer(self._stride * self.num_slots, fd)
         self._vectors = [self.buffer.floats(slot * self._stride, layout.num_floats) for slot in range(self.num_slots)]
 
-    def __getitem__(self, slot: int) -> Tensor:
-        return self._vectors[slot]
+    def __getitem__(self, number: int) -> Tensor:
+        return self._vectors[self.place(number)]
 
     def of_set(self, number: int) -> range:
-        """The slots of a set."""
+        """The slots of a set, by their first numbers."""
         return range(number * self._set_size, (number + 1) * self._set_size)
 
-    def bytes(self, slot: int) -> memoryview:
+    def renumbered(self, number: int) -> int:
+        """Another number of the same slot."""
+        return number + self.num_slots
+
+    def place(self, number: int) -> int:
+        """Which slot a number stands for."""
+        return number % self.num_slots
+
+    def bytes(self, number: int) -> memoryview:
         """A slot's raw bytes, for a frame."""
-        start = slot * self._stride
+        start = self.place(number) * self._stride
         return memoryview(self.buffer._map)[start : start + self._layout.vector_bytes]

@@ -18,11 +18,13 @@ def cut(layout: Layout, num_slices: int) -> tuple[Span, ...]:
     """Cut the vector into so many spans of whole tensors, so that the largest is as small as it can be.
 
     The model's buffers follow its parameters, so they belong to the last slice. Raises ValueError where the model has
-    fewer parameter tensors than there are to be slices.
+    fewer parameter tensors with values in them than there are to be slices.
     """
-    sizes = extents(layout)
+    sizes = [size for size in extents(layout) if size]
     if num_slices > max(1, len(sizes)):
-        raise ValueError(f"a model of {len(sizes)} parameter tensors cannot be cut into {num_slices} slices")
+        without = len(layout.parameters) - len(sizes)
+        others = f" (and {without} without values)" if without else ""
+        raise ValueError(f"a model of {len(sizes)} parameter tensors{others} cannot be cut into {num_slices} slices")
     if num_slices == 1:
         return (layout.whole,)
     sizes[-1] += layout.num_floats - layout.num_gradients
@@ -41,8 +43,8 @@ def cut(layout: Layout, num_slices: int) -> tuple[Span, ...]:
 
 
 def _fill(sizes: Sequence[int], num_slices: int, most: int) -> list[int]:
-    """The sizes of slices filled from the left up to `most` each, every one with a tensor at least; the last one takes
-    what is left."""
+    """The sizes of slices filled from the left up to `most` each, every one with a tensor at least, of which none is
+    empty; the last one takes what is left."""
     filled = [0]
     for place, size in enumerate(sizes):
         is_full = filled[-1] and filled[-1] + size > most

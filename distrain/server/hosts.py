@@ -41,7 +41,7 @@ Settled = Callable[[Host, int, Batch], None]
 
 class Hosts:
     """Relays and slices of one run. Raises ServerLost where one that owns a slice is gone: its part of the optimizer's
-    state went with it."""
+    state went with it. While it waits for one it calls `check`, which may raise what ends the run."""
 
     def __init__(
         self,
@@ -52,9 +52,10 @@ class Hosts:
         timeout_s: float,
         settled: Settled,
         open_rounds: Collection[int],
+        check: Callable[[], None],
     ) -> None:
         self._server, self._hub, self._window, self._timeout_s = server, hub, window, timeout_s
-        self._settled, self._open = settled, open_rounds
+        self._settled, self._open, self._check = settled, open_rounds, check
         self._wire = server.wire
         self._spans = cut(server.layout, num_slices)
         assert server.span == self._spans[-1]
@@ -249,15 +250,24 @@ class Hosts:
         return None
 
     def overdue(self) -> SocketLink | None:
-        """The relay of a host whose sums have not come in time, if any: nobody has them. Raises ServerLost where an
-        owner does not take them."""
-        before = time.monotonic() - self._timeout_s
+        """The relay of a host whose sums have not come in time, if any. Raises ServerLost where the server has them,
+        and another owner has not: a host sends them to all owners side by side."""
         for host in self._by_number.values():
-            for batch in [b for batches in host.batches.values() for b in batches if b.since < before]:
-                if len(batch.missing) <= self._own or host.link is None:
-                    raise ServerLost(f"the server of slice {min(batch.missing)} was silent for {self._timeout_s:g} s")
+            for batch in [batch for batches in host.batches.values() for batch in batches]:
+                slice_ = min(batch.missing)
+                if not self._is_silent(host.link or self._links[slice_], batch.since):
+                    continue
+                if host.link is None or self._own not in batch.missing:
+                    raise self._silent(slice_)
                 return host.link
         return None
+
+    def _is_silent(self, link: SocketLink, since: float) -> bool:
+        """Whether nothing has moved over a link for too long, while something was waited for."""
+        return time.monotonic() - max(since, link.moved_at) > self._timeout_s
+
+    def _silent(self, slice_: int) -> ServerLost:
+        return ServerLost(f"the server of slice {slice_} was silent for {self._timeout_s:g} s")
 
     def forget(self, round_: int) -> None:
         """A round is over and applied: its buffers are free."""
@@ -312,7 +322,11 @@ class Hosts:
             return
         self._take_averaged()
         version = len(self._server.published)
-        self._send(version, self._step, Span(0, self._server.span.stop), list(self._by_link))
+        for link, host in self._by_link.items():
+            # An owner's own it has, and is about to go on from: what comes late would set it back.
+            own = self._spans[host.slice] if host.slice is not None else Span(0, 0)
+            for span in (Span(0, own.start), Span(own.stop, self._server.span.stop)):
+                self._send(version, self._step, span, [link])
 
     def _share(self, values: list[float]) -> list[float]:
         """The values of all slices, in order; the server's own are the last."""
@@ -327,17 +341,18 @@ class Hosts:
 
     def _await(self, is_there: Callable[[Host], bool]) -> None:
         """Wait until this holds for every owner. Whatever else comes waits in `events`."""
-        deadline = time.monotonic() + self._timeout_s
+        start = time.monotonic()
         while not all(map(is_there, self._owners.values())):
+            self._check()
             for link, what in self._hub.poll(_POLL_SECONDS):
                 host = self._by_link.get(link)
                 if isinstance(what, LinkError) and host is not None and host.slice is not None:
                     self.lose(link, what.message)
                 if isinstance(what, LinkError) or host is None or not self.note(host, what):
                     self._stash.append((link, what))
-            if time.monotonic() > deadline:
-                silent = next(slice_ for slice_, owner in self._owners.items() if not is_there(owner))
-                raise ServerLost(f"the server of slice {silent} was silent for {self._timeout_s:g} s")
+            for slice_, owner in self._owners.items():
+                if not is_there(owner) and self._is_silent(self._links[slice_], start):
+                    raise self._silent(slice_)
 
     def validated(self, loss: float) -> None:
         """Tell the owners' schedules."""

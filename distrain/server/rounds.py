@@ -89,7 +89,7 @@ class Rounds:
         self._fenced: dict[SocketLink, Member] = {}  # given up for their silence: what they still push is refused
         self._fenced_elsewhere: dict[int, Member] = {}  # the same behind relays, by incarnation
         self._open: dict[int, Round] = {}
-        self.hosts = Hosts(server, hub, num_slices, window, timeout_s, self._settled, self._open)
+        self.hosts = Hosts(server, hub, num_slices, window, timeout_s, self._settled, self._open, self._check)
         self._numbers = itertools.count()
         self._whole = itertools.count()
         self._step = 0
@@ -107,6 +107,11 @@ class Rounds:
     def abort(self, error: DistrainError) -> None:
         """Have `poll` raise this. May be called from any thread."""
         self._abort = self._abort or error
+
+    def _check(self) -> None:
+        """Raise what `abort` was given."""
+        if self._abort is not None:
+            raise self._abort
 
     def retire(self, launch: int) -> None:
         """Let a worker go once it has answered what it was asked. May be called from any thread."""
@@ -193,8 +198,7 @@ class Rounds:
     def poll(self) -> None:
         """Wait for whatever comes next and deal with it; while there is something to add up, do some of that instead of
         waiting. Raises what a worker reported, or `abort` was given."""
-        if self._abort is not None:
-            raise self._abort
+        self._check()
         someone_idle = any(self._ledger.is_idle(incarnation) for incarnation in self._members)
         timeout_s = _HELP_SECONDS if someone_idle else _POLL_SECONDS
         to_add_up = next((round_.tree for round_ in self._open.values() if round_.tree.late), None)
@@ -265,7 +269,9 @@ class Rounds:
             self._welcome(link, what, host)
         elif not self.hosts.note(host, what):
             member = self._members.get(what.incarnation)
-            if what.kind is Kind.LEFT:
+            if what.kind is Kind.LEFT and what.incarnation < 0:
+                self._lose_relay(link, f"its host's relay lost its link to the server of slice {what.slot}")
+            elif what.kind is Kind.LEFT:
                 self._fenced_elsewhere.pop(what.incarnation, None)
                 if member is not None:
                     self._lose(member, "the other end of the link is gone")

@@ -274,6 +274,34 @@ def test_what_a_helper_pushes_late_is_not_sent(streaming: Scripted):
     assert len(streaming.sent) == sent and len(streaming.sums) == 1
 
 
+def test_what_a_worker_is_asked_for_again_is_not_summed_as_it_was(streaming: Scripted):
+    """Since it is written anew, while the other one computes."""
+    streaming.push(LEFT, 2, 1.0)
+    streaming.ready(RIGHT, 3, 10.0, Span(0, 32))
+    assert streaming.num_pieces == 1
+    streaming.ask(LEFT, 2)
+    assert streaming.num_voided == 1
+    streaming.push(RIGHT, 3, 10.0)
+    assert not streaming.sums
+    again = streaming.slots[LEFT].renumbered(0)
+    streaming.ready(LEFT, 2, 2.0, WHOLE, slot=again)
+    streaming.push(LEFT, 2, 2.0, slot=again)
+    [(first, stop, digest, values)] = streaming.sums
+    rows = ((LEFT, again, 2, 3), (RIGHT, 0, 3, 4))
+    assert (first, stop, digest) == (2, 4, rows_digest(rows)) and (values == 12.0).all()
+
+
+def test_what_is_pushed_again_after_its_sum_was_sent_is_sent_again(scripted: Scripted):
+    scripted.ask(LEFT, 2)
+    scripted.push(LEFT, 2, 1.0)
+    scripted.ask(LEFT, 2)
+    again = scripted.slots[LEFT].renumbered(0)
+    scripted.push(LEFT, 2, 2.0, slot=again)
+    scripted.combine((LEFT, again, 2, 3))
+    assert [sent[2] for sent in scripted.sums] == [rows_digest([(LEFT, slot, 2, 3)]) for slot in (0, again)]
+    assert (scripted.sums[-1][3] == 2.0).all()
+
+
 def test_what_comes_of_a_round_that_is_over_is_not_sent(streaming: Scripted):
     streaming.ask(LEFT, 2, ROUND + 1)
     streaming.ready(LEFT, 2, 1.0, WHOLE)

@@ -121,6 +121,21 @@ def test_a_slices_parts_are_of_one_bucket_each(sizes: list[int], piece: int, sli
         assert len(holders) == (part.start < layout.num_gradients), "or it is of the buffers"
 
 
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=12), st.integers(1, 400), st.integers(1, 4), st.booleans())
+def test_each_slice_has_values_of_parameters(sizes: list[int], piece: int, slices: int, norm: bool):
+    """Some models have parameters without any, such as nn.Linear(0, 5)."""
+    layout = layout_of(sizes, piece, norm)
+    count = sum(size > 0 for size in sizes) + 2 * norm
+    if slices > max(1, count):
+        with pytest.raises(ValueError, match=f"a model of {count} parameter tensors .*cannot be cut into {slices}"):
+            cut(layout, slices)
+        return
+    spans = cut(layout, slices)
+    assert len(spans) == slices and spans[0].start == 0 and spans[-1].stop == layout.num_floats
+    assert all(left.stop == right.start for left, right in pairwise(spans))
+    assert slices == 1 or all(any(s.start <= e.start < s.stop for e in layout.parameters if e.numel) for s in spans)
+
+
 def test_a_layout_tells_models_apart():
     assert Layout.of(nn.Linear(2, 3)).digest == Layout.of(nn.Linear(2, 3)).digest
     assert Layout.of(nn.Linear(2, 3)).digest != Layout.of(nn.Linear(3, 2)).digest

@@ -223,6 +223,30 @@ def test_descriptors_are_handed_over():
     b.close()
 
 
+def test_more_descriptors_than_one_message_takes_are_handed_over():
+    a, b = socket_pair("unix")
+    fd = os.memfd_create("test")
+    a.send_descriptors([fd] * 300)
+    others = b.receive_descriptors(300, 5)
+    assert len({*others}) == 300 and all(os.path.sameopenfile(fd, other) for other in others)
+    for descriptor in (fd, *others):
+        os.close(descriptor)
+    a.close()
+    b.close()
+
+
+def test_a_link_knows_when_bytes_last_came_or_went():
+    a, b = socket_pair("tcp")
+    began = time.monotonic()
+    a.moved_at = b.moved_at = began - 100.0
+    assert b.receive(0.01) is None and b.moved_at < began
+    a.send(Frame(Kind.STATE, payload=bytes(64 << 20)))
+    assert a.sending and a.moved_at > began
+    assert b.receive(0.0) is None and b.moved_at > began, "some of the frame came"
+    a.close()
+    b.close()
+
+
 def test_a_frame_without_json_says_so():
     with pytest.raises(LinkError, match="without readable JSON"):
         Frame(Kind.HELLO, payload=b"{").json()

@@ -54,6 +54,16 @@ def test_slots_do_not_overlap_and_cost_nothing_untouched():
     assert bytes(slots.bytes(1)[:4]) == b"\x00\x00\x80?"
 
 
+def test_a_slot_that_is_used_again_has_another_number():
+    slots = PushSlots(Layout.of(nn.Linear(2, 3)), 2, 3)
+    for number in slots.of_set(2):
+        again = slots.renumbered(number)
+        slots[again].fill_(number)
+        assert again not in range(slots.num_slots) and slots.place(again) == slots.place(number) == number
+        assert torch.equal(slots[number], slots[again]) and slots.bytes(number) == slots.bytes(again)
+    assert len({tuple(slots[number].tolist()) for number in slots.of_set(2)}) == 2
+
+
 def test_tensors_are_found_by_name():
     model = model_with_buffers()
     published = Published(Layout.of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -31,10 +32,10 @@ from distrain.exchange.wire import WireDtype
 from distrain.reduction import Block, Partial
 from distrain.relay import Relay
 from distrain.server.loop import LoopSettings
-from distrain.server.members import Batch, Member, Pushed
+from distrain.server.members import Batch, Host, Member, Pushed
 from distrain.worker import Worker, WorkerOptions
 from tests.devices.test_precision import TOO_LARGE
-from tests.server import test_nonfinite
+from tests.server import test_loop, test_nonfinite
 from tests.server.test_loop import source
 from tests.support.links import InMemoryLink
 from tests.support.runs import Job, KilledWorker, Mortal, Run, open_run, start_relay, start_worker, task, train
@@ -81,7 +82,7 @@ def spread(the_job: Job, workers: list[int], cls: type[Worker] = Worker, relay_c
         relay = start_relay(run, the_job, slice_, relay_cls) if host else None
         run.relays.append(relay)
         for _ in range(count):
-            start_worker(run, the_job, rank, cls=cls, relay=relay)
+            start_worker(run, the_job, rank, cls=cls, relay=relay, launch=rank)
             rank += 1
     return run
 
@@ -141,10 +142,21 @@ def test_rows_that_are_not_finite_are_left_out_on_every_host(monkeypatch, stalen
     def job_of(**loop) -> Job:  # the gradient of row 37 is not finite, though its loss is; that of row 90 neither
         return test_nonfinite.job({37: 7.0, 90: float("nan")}, spec=test_nonfinite.STEEP, staleness=staleness, **loop)
 
-    expected = train(job_of(num_workers=2))[0].outcome
+    expected = train(job_of())[0].outcome
     run = spread(job_of(num_workers=3, slices=slices), [1, 1, 1])
     assert finish(run) == expected.parameters_sha256
     assert run.outcome.skipped.microbatches == expected.skipped.microbatches == 4
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_steps_without_weight_change_nothing_on_any_host(staleness: int, slices: int):
+    def job_of(**loop) -> Job:
+        return test_loop.without_weight(*test_loop.LAST_STEP, (3, 1), staleness=staleness, **loop)
+
+    run = spread(job_of(num_workers=3, slices=slices), [1, 1, 1])
+    assert finish(run) == train(job_of())[0].outcome.parameters_sha256
+    assert [record.samples for record in run.reports.drain().steps] == ([16] * 8 + [0]) * 2
 
 
 def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
@@ -333,6 +345,29 @@ def test_averaged_weights_are_validated_on_every_host(slices: int, staleness: in
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
+@pytest.mark.parametrize("slices", [2, 3])
+def test_averaged_weights_on_their_way_do_not_set_an_owner_back(slices: int):
+    """They may reach one that computes nothing of the validation after it has updated."""
+    the_job = replace(job(num_workers=1, slices=slices), averaging=AveragingConfig(decay=0.9))
+    expected = train(replace(job(), averaging=the_job.averaging))[0].outcome.parameters_sha256
+    run = spread(the_job, [1, *[0] * (slices - 1)])
+    send, held = run.hub.send, []
+
+    def holding(link, frame, **how):
+        if frame.kind is Kind.PUBLISH and frame.version == 1 and frame.read > 0:
+            held.append((frame.read, link, frame, how))
+            return
+        while frame.kind is Kind.APPLY and held and held[0][0] < frame.step - 1:  # which the owner has made
+            _, *late = held.pop(0)
+            send(late[0], late[1], **late[2])
+            released.append(late)
+        send(link, frame, **how)
+
+    released = []
+    run.hub.send = holding
+    assert finish(run) == expected and released
+
+
 def in_fp16(the_job: Job) -> Job:
     """With a first scale that overflows for a few steps, which are left out."""
     return replace(the_job, arithmetic=Arithmetic("fp16"), first_loss_scale=TOO_LARGE)
@@ -418,6 +453,84 @@ def test_a_host_that_dies_costs_no_step_and_no_bit(on_one_host, when: str, slice
     assert sorted(e.rank for e in report.events if e.kind == "lost") == [2, 3] and len(report.steps) == 27
 
 
+class TestAskedAgain:
+    """Of two shards, that of the second worker is late at step 6, and the first one computes it too, in its last slot.
+    Then what was pushed of it is lost, and the first one is asked again in the same step."""
+
+    STEP = 6
+
+    def job_of(self, **loop) -> Job:
+        return replace(job(**loop), train=source(shards=2))
+
+    def finish(self, run: Run) -> None:
+        assert finish(run) == train(self.job_of())[0].outcome.parameters_sha256
+
+    def is_it(self, frame: Frame) -> bool:
+        return frame.kind in (Kind.TRAIN, Kind.PUSH) and frame.step == self.STEP
+
+    @pytest.mark.timeout(30)
+    @pytest.mark.parametrize("workers", [[1, 1], [1, 0, 1]])
+    def test_for_what_another_host_had_pushed_first(self, workers: list[int]):
+        case, asked = self, []
+        is_copying, is_first, is_second = (threading.Event() for _ in range(3))
+
+        class Late(Worker):
+            def handle(self, frame: Frame) -> None:
+                if case.is_it(frame) and self.rank == 1:
+                    is_copying.wait(20)
+                elif case.is_it(frame):
+                    asked.append((frame.first, frame.stop))
+                    if frame.first == 1:
+                        is_copying.set()
+                        is_first.wait(20)
+                super().handle(frame)
+                if len(asked) == 2 and self.rank == 0:
+                    is_second.set()
+
+        class DyingRelay(Relay):
+            def _from_worker(self, worker: Any, frame: Frame) -> None:
+                if not case.is_it(frame):
+                    return super()._from_worker(worker, frame)
+                frame.incarnation = worker.incarnation
+                self._hub.send(self._control, frame)
+                time.sleep(0.1)
+                is_first.set()
+                is_second.wait(20)
+                time.sleep(0.1)
+                raise KilledWorker
+
+        run = spread(self.job_of(num_workers=2, slices=len(workers) - 1), workers, Late, DyingRelay)
+        self.finish(run)
+        assert asked == [(0, 1), (1, 2), (1, 2)]
+
+    @pytest.mark.timeout(30)
+    @pytest.mark.parametrize("workers", [[0, 2], [0, 0, 2]])
+    def test_for_what_it_had_pushed_itself(self, workers: list[int]):
+        case, asked, events, is_lost = self, [], [], threading.Event()
+
+        class Late(Worker):
+            def handle(self, frame: Frame) -> None:
+                if case.is_it(frame) and self.rank == 1:
+                    is_lost.wait(20)
+                elif case.is_it(frame):
+                    asked.append((frame.first, frame.stop))
+                super().handle(frame)
+
+        class SlowRelay(Relay):
+            def _from_server(self, frame: Frame) -> None:
+                if frame.kind is Kind.COMBINE and len(asked) == 2 and not events:  # what it is told to send is there
+                    run.loop.give_up(1, "a test")
+                    while "lost" not in [event.kind for event in events]:
+                        time.sleep(0.01)
+                        events.extend(run.reports.drain().events)
+                    is_lost.set()
+                super()._from_server(frame)
+
+        run = spread(self.job_of(num_workers=2, slices=len(workers) - 1), workers, Late, SlowRelay)
+        self.finish(run)
+        assert asked == [(0, 1), (1, 2), (0, 2)]
+
+
 class CutOffRelay(Relay):
     """Loses the server at its fifth sum, as by a reset of its link, and takes that for its own end."""
 
@@ -444,6 +557,37 @@ def test_workers_of_a_relay_that_lost_the_server_know_that_the_run_goes_on(on_on
     run = spread(job(num_workers=3), [1, 2], cls=EndedWorker, relay_cls=CutOffRelay)
     assert finish(run) == on_one_host
     assert [EndedWorker.ends[rank] for rank in (1, 2)] == ["lost its link"] * 2
+
+
+class PartedRelay(Relay):
+    """That of the host with this slice, or with none, loses its link to the owner of the first one at its fifth sum."""
+
+    parts: int | None = None
+    combined = 0
+
+    def _from_server(self, frame: Frame) -> None:
+        if frame.kind is Kind.COMBINE and self._slice == self.parts:
+            self.combined += 1
+            if self.combined == 5:
+                self._owners[0]._socket.shutdown(socket.SHUT_RDWR)
+        super()._from_server(frame)
+
+
+def test_a_host_that_lost_its_link_to_an_owner_is_given_up(on_one_host):
+    EndedWorker.ends = {}
+    run = spread(job(num_workers=3, slices=2), [1, 0, 2], cls=EndedWorker, relay_cls=PartedRelay)
+    assert finish(run) == on_one_host
+    lost = [event.message for event in run.reports.drain().events if event.kind == "lost"]
+    cause = "its host's relay lost its link to the server of slice 0"
+    assert sorted(lost) == [f"worker {rank} was given up: {cause}" for rank in (1, 2)]
+    assert [EndedWorker.ends[rank] for rank in (1, 2)] == ["lost its link"] * 2
+
+
+def test_an_owner_that_lost_its_link_to_another_is_lost(monkeypatch):
+    monkeypatch.setattr(PartedRelay, "parts", 1)
+    run = spread(job(num_workers=3, slices=3), [1, 1, 1], relay_cls=PartedRelay)
+    with pytest.raises(ServerLost, match="slice 1 is lost: its host's relay lost its link to the server of slice 0"):
+        run.loop.run()
 
 
 def test_a_host_may_join_in_the_middle(on_one_host):
@@ -504,6 +648,100 @@ def test_a_slice_that_hangs_is_lost_after_the_timeout():
     run = spread(job(num_workers=2, slices=2, worker_timeout_s=0.5), [1, 1], relay_cls=Hanging)
     with pytest.raises(ServerLost, match=r"slice 0 (was silent|is lost)"):
         run.loop.run()
+
+
+def test_while_a_slice_hangs_the_run_can_be_ended():
+    """As whoever supervises it does, once the slice's node is known to be dead."""
+
+    class Hanging(Relay):
+        def _apply(self, frame: Frame) -> None:
+            if frame.step == 7:
+                threading.Timer(0.1, run.loop.abort, [ServerLost("its node died")]).start()
+                ended.wait(10)
+            super()._apply(frame)
+
+    ended = threading.Event()
+    run = spread(job(num_workers=2, slices=2), [1, 1], relay_cls=Hanging)
+    start = time.monotonic()
+    with pytest.raises(ServerLost, match="its node died"):
+        run.loop.run()
+    ended.set()
+    assert time.monotonic() - start < 8
+
+
+class TestSilence:
+    """What counts is since when nothing moves, not how long a large transfer takes."""
+
+    def welcomed(self, slices: int = 2) -> tuple[Run, list[Host]]:
+        """A run with a relay for each other slice, and one more."""
+        run = open_run(job(slices=slices, worker_timeout_s=0.2))
+        hello = {"relay": True, "tcp": None, "layout": run.server.layout.digest}
+        links = [Mock(shared=False, sending=False, moved_at=time.monotonic()) for _ in range(slices)]
+        hosts = [
+            run.loop._hosts.welcome(link, {**hello, "slice": slice_})
+            for slice_, link in zip([*range(slices - 1), None], links, strict=True)
+        ]
+        return run, hosts
+
+    def test_a_state_may_take_longer_than_the_timeout(self):
+        run, [owner, _] = self.welcomed()
+        waits = 0
+
+        def poll(timeout_s: float) -> list:
+            nonlocal waits
+            waits += 1
+            time.sleep(0.05)
+            owner.link.moved_at = time.monotonic()
+            return [(owner.link, Frame(Kind.STATE, payload=b"all of it"))] if waits == 10 else []
+
+        run.hub.poll = poll
+        run.loop._hosts._await(lambda each: each.state is not None)
+        assert waits == 10 and owner.state == b"all of it"
+        run.hub.close()
+
+    def test_an_owner_that_sends_nothing_is_lost(self):
+        run, _ = self.welcomed()
+        run.hub.poll = lambda timeout_s: time.sleep(0.05) or []
+        with pytest.raises(ServerLost, match=r"the server of slice 0 was silent for 0\.2 s"):
+            run.loop._hosts._await(lambda each: each.state is not None)
+        run.hub.close()
+
+    def owing(self, *lacking: int, moved_ago_s: float = 1.0) -> tuple[Run, Host]:
+        """A host without a slice, whose sums these owners lack for a while; the server's is slice 2."""
+        run, [*_, host] = self.welcomed(slices=3)
+        host.batches[0] = [Batch([], time.monotonic() - 1.0, dict.fromkeys(lacking, 4))]
+        for each in run.loop._hosts.all:
+            if each.link is not None:
+                each.link.moved_at = time.monotonic() - 1.0
+        host.link.moved_at = time.monotonic() - moved_ago_s
+        return run, host
+
+    @pytest.mark.parametrize("lacking", [(0, 1, 2), (2,), (0, 2)])
+    def test_a_host_whose_sums_the_server_lacks_is_given_up(self, lacking: tuple[int, ...]):
+        run, host = self.owing(*lacking)
+        assert run.loop._hosts.overdue() is host.link
+        run.hub.close()
+
+    def test_but_not_while_they_come(self):
+        run, _ = self.owing(0, 1, 2, moved_ago_s=0.1)
+        assert run.loop._hosts.overdue() is None
+        run.hub.close()
+
+    @pytest.mark.parametrize("lacking", [(1,), (0, 1)])
+    def test_an_owner_that_does_not_take_what_the_server_has_is_lost(self, lacking: tuple[int, ...]):
+        run, _ = self.owing(*lacking)
+        with pytest.raises(ServerLost, match=f"the server of slice {lacking[0]} was silent"):
+            run.loop._hosts.overdue()
+        run.hub.close()
+
+    def test_nor_one_that_does_not_take_the_servers_own(self):
+        run, _ = self.owing()
+        hosts = run.loop._hosts
+        hosts.local.batches[0] = [Batch([], time.monotonic() - 1.0, {1: 4})]
+        hosts._by_number = {0: hosts.local}
+        with pytest.raises(ServerLost, match="the server of slice 1 was silent"):
+            hosts.overdue()
+        run.hub.close()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 3)])
