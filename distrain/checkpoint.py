@@ -462,9 +462,10 @@ def _names(run: Place) -> set[str | None]:
 
 def _checkpoints(run: Place) -> list[Place]:
     """The checkpoints of a run, newest (highest step) first, verified or not."""
-    if not run.is_dir():
-        return []
-    here = keeper(run).folders(run)
+    try:
+        here = keeper(run).folders(run) if run.is_dir() else {}
+    except OSError as error:
+        raise CheckpointUnreadable(f"{run}: cannot be listed: {error.strerror or error}") from error
     steps = {int(match[1]): path for name, path in here.items() if (match := _STEP.fullmatch(name))}
     return [steps[step] for step in sorted(steps, reverse=True)]
 

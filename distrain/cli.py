@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from dataclasses import asdict
@@ -43,18 +44,17 @@ class _Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except DistrainError as error:
+            from distrain.progress.stream import lasting
+
             for line in error.message.splitlines() if isinstance(error, ConfigError) else [error.message]:
-                click.echo(f"error: {line}", err=True)
+                print(f"error: {line}", file=lasting(sys.stderr))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(130)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
-        except OSError as error:
-            if error.filename is None:  # a closed pipe among them, which is click's to end
-                raise
-            click.echo(f"error: {error.filename}: {error.strerror}", err=True)
-            ctx.exit(ConfigError.exit_code)
+        except BrokenPipeError:
+            raise  # click's to end: who reads the output wants no more of it
         except Exception:
             traceback.print_exc()
             ctx.exit(1)
@@ -302,7 +302,10 @@ def report(sweep: str, root: str, tracking_uri: str, output: Path | None) -> Non
     study, folder = find(sweep, root, tracking_uri)
     path = output or (folder or Path()) / "report.html"
     report = build(study)
-    path.write_text(report.html)
+    try:
+        path.write_text(report.html)
+    except OSError as error:
+        raise ConfigError(f"{path}: the report cannot be written: {error.strerror}") from error
     _print_study(study, report.words, path.parent, path)
 
 
@@ -479,8 +482,9 @@ def stop(job: str, address: str | None) -> None:
 def doctor(config: Path | None, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
     """Look at what a run needs, and say what to do where something is wrong.
 
-    Versions, cluster, token, shared memory, tracking, checkpoints, and with CONFIG its data. Looks at the cluster that
-    jobs are submitted to where --address or RAY_API_SERVER_ADDRESS names it, else at the one that distrain train uses.
+    Versions, cluster, token, shared memory, tracking, checkpoints, and with CONFIG its data and model. Looks at the
+    cluster that jobs are submitted to where --address or RAY_API_SERVER_ADDRESS names it, else at the one that distrain
+    train uses.
     Exit code 0, or that of the first thing that failed, as distrain train would end with it.
     """
     loaded = None if config is None else _load(config, overrides)

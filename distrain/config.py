@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from distrain import config_file
 from distrain.credentials import HIDDEN, redacted
@@ -421,12 +413,12 @@ class WorkersConfig(_Section):
 
     @property
     def all_cpus(self) -> float:
-        """What `count` workers ask for."""
+        """The CPUs that `count` workers ask for."""
         return self.count * self.cpus
 
     @property
     def all_gpus(self) -> float:
-        """What `count` workers ask for."""
+        """The GPUs that `count` workers ask for."""
         return sum(self.gpus_of(rank) for rank in range(self.count))
 
     @property
@@ -561,7 +553,7 @@ class ClusterConfig(_Section):
         validate_default=True,
         description="How long to wait for machines that the cluster does not have yet, where something adds them (ray "
         "up, KubeRay); null: DISTRAIN_CLUSTER_WAIT_SECONDS if set, else a cluster that is too small is refused at once",
-    )  # fmt: skip
+    )
 
 
 class TrainConfig(_Section):

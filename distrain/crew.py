@@ -109,6 +109,8 @@ class Crew:
             self._start_relay(node, slice_)
         for rank in range(self._config.most):
             if rank in self._placement.ranks:
+                if self._placement.awaits(rank):
+                    self._placement.take_back(rank)
                 self._start_worker(rank)
             else:
                 self._placement.ask(rank)
@@ -177,6 +179,10 @@ class Crew:
                 if other == rank:  # it has this rank's room of before
                     self._leaving.setdefault(launch, rank)
             self._start_worker(rank)
+        alive = {rank for rank, _ in self._worker_calls.values()} | {rank for rank, _ in self._told.values()}
+        for rank in self._supervision.taken - alive - {rank for _, rank in self._due}:
+            if self._placement.awaits(rank) and self._placement.take_back(rank):
+                self._start_worker(rank)
         ends = self._placement.draining()
         servers = {self._placement.server_node, *(relay.node for relay in self._relays if relay.slice is not None)}
         if not servers.isdisjoint(ends) and not self._stop_sent:

@@ -125,14 +125,15 @@ def cluster(address: str | None, workers: WorkersConfig, wait_seconds: float | N
         attached = Cluster(address, workers, wait_seconds)
     except DistrainError as error:
         return Finding("cluster", FAILED, error.message, _cluster_advice(error), error.exit_code)
-    there = attached.resources.there_cpus
+    there, there_gpus = attached.resources.there_cpus, attached.resources.there_gpus
     attached.close()
-    if there < workers.all_cpus:
+    found = f"{address} has {there:g} CPUs{f' and {there_gpus:g} GPUs' if workers.all_gpus else ''} for {asked}"
+    if there < workers.all_cpus or there_gpus < workers.all_gpus:
         advice = "it starts with fewer, and grows as nodes are added"
         if wait_seconds is not None:
             advice = f"it waits up to {wait_seconds:g} s for nodes to be added (cluster.wait_seconds)"
-        return Finding("cluster", WARNING, f"{address} has {there:g} CPUs for {asked}", advice)
-    return Finding("cluster", OK, f"{address} has {there:g} CPUs for {asked}")
+        return Finding("cluster", WARNING, found, advice)
+    return Finding("cluster", OK, found)
 
 
 def jobs_cluster(dashboard: str) -> Iterator[Finding]:
@@ -199,21 +200,22 @@ def data(config: TrainConfig) -> tuple[Finding, Preparation | None]:
 
 
 def model(preparation: Preparation) -> tuple[Finding, int | None]:
-    """Whether the model can be built and what it puts out fits the loss; and the bytes of one checkpoint, in which are
+    """Whether model and loss can be built and take the data's first rows; and the bytes of one checkpoint, in which are
     the parameters and two values of an optimizer like Adam for each."""
     train = preparation.train
     try:
         task = build_task(preparation.task)
-        check_task(task, train.dataset, train.plan.smallest_forward)
+        check_task(task, train.dataset, train.plan.smallest_forward, strict=True)
         layout = Layout.of(task.model)
     except DistrainError as error:
         return Finding(
             "model", FAILED, error.message, "distrain config CONFIG shows its settings", error.exit_code
         ), None
-    except Exception as error:  # whatever the code of a factory raises
-        where = traceback.extract_tb(error.__traceback__)[-1]
+    except Exception as error:  # whatever the user's code raises
+        frames = traceback.extract_tb(error.__traceback__)
+        where = [frame for frame in frames if "site-packages" not in frame.filename][-1]  # not torch's own
         message = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        return Finding("model", FAILED, message, "the code of model.factory or loss.factory raises this", 2), None
+        return Finding("model", FAILED, message, "model and loss, given the first rows, raise this", 2), None
     num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return Finding("model", OK, f"{num_parameters:,} parameters"), 3 * layout.vector_bytes
 

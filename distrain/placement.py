@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from distrain.config import WorkersConfig
 from distrain.devices.cuda import cuda_problem
-from distrain.errors import ClusterError, Interrupted
+from distrain.errors import ClusterError, DistrainError, Interrupted
 from distrain.ray_guard import RayGuard
 from distrain.signals import handlers_kept
 
@@ -59,15 +59,14 @@ def bundle(workers: WorkersConfig, rank: int) -> dict[str, float]:
 
 def check_local_room(workers: WorkersConfig) -> Resources:
     """What a Ray of our own on this machine offers. Raises ClusterError when far too little."""
-    num_workers, cpus = workers.count, workers.cpus
-    asked, cores = num_workers * cpus, float(os.cpu_count() or 1)
+    asked, cores = workers.all_cpus, float(os.cpu_count() or 1)
     if asked > cores * _LOCAL_WORKERS_PER_CORE:
         raise ClusterError(
-            f"asked for {asked:g} CPUs ({num_workers} workers of {cpus:g}), this machine has {cores:g}; a local Ray "
-            f"shares a core among at most {_LOCAL_WORKERS_PER_CORE} workers. Lower workers.count or workers.cpus, or "
-            "give the address of a cluster (cluster.address)"
+            f"asked for {asked:g} CPUs ({workers.count} workers of {workers.cpus:g}), this machine has {cores:g}; a "
+            f"local Ray shares a core among at most {_LOCAL_WORKERS_PER_CORE} workers. Lower workers.count or "
+            "workers.cpus, or give the address of a cluster (cluster.address)"
         )
-    asked_gpus = _gpus(workers, workers.count)
+    asked_gpus = workers.all_gpus
     there_gpus = float(torch.cuda.device_count()) if asked_gpus else 0.0
     _check_gpus(workers, workers.count, there_gpus, f"this machine has {there_gpus:g}")
     return Resources(asked, cores, asked > cores, asked_gpus, there_gpus)
@@ -78,14 +77,9 @@ def _each(workers: WorkersConfig) -> str:
     return f"{workers.cpus:g} CPUs" + (f" and {workers.gpus:g} GPUs" if workers.gpus else "")
 
 
-def _gpus(workers: WorkersConfig, count: int) -> float:
-    """The GPUs that so many workers ask for."""
-    return sum(workers.gpus_of(rank) for rank in range(count))
-
-
 def _check_gpus(workers: WorkersConfig, count: int, there: float, says: str) -> None:
     """Raises ClusterError when so many workers ask for more GPUs than there are."""
-    asked = _gpus(workers, count)
+    asked = sum(workers.gpus_of(rank) for rank in range(count))
     if asked > there:
         some = sum(workers.gpus_of(rank) > 0 for rank in range(count))
         why = cuda_problem() if says.startswith("this machine") else None
@@ -146,16 +140,19 @@ def check_answers(address: str) -> None:
         raise ClusterError(f"no Ray cluster answers as it should at {address}: {error}") from error
 
 
-def _init(**settings: Any) -> None:
+def _init(failed: str, **settings: Any) -> None:
     """`ray.init`, which leaves this process its signal handlers: Ray's SIGTERM handler ends the program.
 
-    Raises Interrupted where a SIGTERM comes before they are given back.
+    Raises ClusterError, which begins with what has `failed`, and Interrupted where a SIGTERM comes before the handlers
+    are given back.
     """
     with handlers_kept():
         try:
             ray.init(**settings)
         except SystemExit as stopped:
             raise Interrupted("stopped while Ray started", signal.SIGTERM) from stopped
+        except Exception as error:
+            raise ClusterError(f"{failed}: {error}") from error
 
 
 def _free() -> str:
@@ -181,7 +178,7 @@ class Cluster:
     def __init__(
         self, address: str | None, workers: WorkersConfig, wait_seconds: float | None = None, num_runs: int = 1
     ) -> None:
-        self._workers, self._num_workers, self._cpus = workers, workers.count, workers.cpus
+        self._workers = workers
         self._grows, self._wait_s = wait_seconds is not None, _RESERVE_SECONDS if wait_seconds is None else wait_seconds
         self._needed, self._most, self._num_runs = workers.needed, workers.most, num_runs
         self._temporary: str | None = None
@@ -208,6 +205,7 @@ class Cluster:
         self._guard = RayGuard(self._temporary)
         try:
             _init(
+                "a local Ray could not be started",
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(self._num_runs * self.resources.asked_cpus)),
                 num_gpus=int(self.resources.there_gpus) or None,
@@ -219,32 +217,37 @@ class Cluster:
                 _temp_dir=self._temporary,
                 _system_config={"worker_niceness": 0},  # Ray's 15 lets anything else on the machine go first
             )
-        except Exception as error:
+        except DistrainError:
             self.close()
-            raise ClusterError(f"a local Ray could not be started: {error}") from error
+            raise
 
     def _attach(self, address: str) -> None:
         check_answers(address)
         try:
-            _init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-        except Exception as error:
+            _init(
+                f"no Ray cluster could be reached at {address}",
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except DistrainError:
             self._owned = False
-            raise ClusterError(f"no Ray cluster could be reached at {address}: {error}") from error
+            raise
 
     def _check_room(self) -> Resources:
         all_there = ray.cluster_resources()
-        asked, there = self._num_workers * self._cpus, all_there.get("CPU", 0.0)
-        needed = self._needed * self._cpus
-        gpus = all_there.get("GPU", 0.0)
-        found = Resources(asked, there, False, _gpus(self._workers, self._num_workers), gpus)
+        there, gpus = all_there.get("CPU", 0.0), all_there.get("GPU", 0.0)
+        needed = self._needed * self._workers.cpus
+        found = Resources(self._workers.all_cpus, there, False, self._workers.all_gpus, gpus)
         if self._grows:
             return found
         if needed > there:
-            key = "workers.count" if self._needed == self._num_workers else "workers.min"
+            key = "workers.count" if self._needed == self._workers.count else "workers.min"
             raise ClusterError(
-                f"asked for {needed:g} CPUs ({self._needed} workers of {self._cpus:g}), the cluster has {there:g}. "
-                f"Lower {key} or workers.cpus, or add nodes; where something adds them when they are asked for, "
-                "cluster.wait_seconds says how long that may take"
+                f"asked for {needed:g} CPUs ({self._needed} workers of {self._workers.cpus:g}), the cluster has "
+                f"{there:g}. Lower {key} or workers.cpus, or add nodes; where something adds them when they are asked "
+                "for, cluster.wait_seconds says how long that may take"
             )
         _check_gpus(self._workers, self._needed, gpus, f"the cluster has {gpus:g}")
         return found
@@ -264,7 +267,7 @@ class Cluster:
         for rank in range(self._needed, self._most):
             placement.ask(rank)
         until = time.monotonic() + _GROW_SECONDS
-        while len(placement.ranks) < self._num_workers and time.monotonic() < until:
+        while len(placement.ranks) < self._workers.count and time.monotonic() < until:
             placement.arrived()
             time.sleep(0.05)
         return placement
@@ -373,6 +376,7 @@ class Placement:
         """
         until = time.monotonic() + self._wait_s
         while True:
+            self.arrived()
             nodes, alive = self.nodes(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             if all(nodes.get(rank) in alive for rank in range(self._needed)):
                 break
@@ -410,8 +414,19 @@ class Placement:
         """Whether other room was asked for, and has not come."""
         return rank in self._asked
 
+    def take_back(self, rank: int) -> bool:
+        """Whether a rank's room of before is there again, on a node that stays: then no other is waited for."""
+        room = self._rooms.get(rank)
+        node = self.nodes().get(rank)
+        if room is None or node in self.draining() or not any(n["Alive"] and n["NodeID"] == node for n in ray.nodes()):
+            return False
+        self._groups.remove(group := self._asked.pop(rank))
+        remove_placement_group(group)
+        return True
+
     def give_back(self) -> None:
-        """Give back the rooms that nobody has any more, with whoever is in one still: where all who moved have left."""
+        """Give back the groups of rooms that nobody has any more, with whoever is in one still: where all who moved
+        have left. (The workers that are needed have one group: it is kept until the last of them has moved.)"""
         kept = {id(group) for group in [*(room.group for room in self._rooms.values()), *self._asked.values()]}
         for group in [group for group in self._groups if id(group) not in kept]:
             self._groups.remove(group)

@@ -58,6 +58,11 @@ class Supervision:
         self._server_at, self._server_failures = -1, 0
         self.failures = 0  # workers that ended before the run did
 
+    @property
+    def taken(self) -> set[int]:
+        """The ranks whose workers were started, and that are not given up."""
+        return {rank for rank, place in enumerate(self._places) if place.is_taken}
+
     def started(self, rank: int) -> None:
         """There was room for the worker of this rank, and it starts."""
         self._places[rank].is_taken = True
@@ -86,7 +91,7 @@ class Supervision:
         if place.failed_starts < _MAX_FAILED_STARTS:
             return Replace(rank, _pause(place.failed_starts))
         place.is_taken = False
-        left = sum(place.is_taken for place in self._places)
+        left = len(self.taken)
         message = f"worker {rank} failed {place.failed_starts} times in a row before finishing a step: {cause}"
         if left >= self._min_workers and left > 0:
             return GiveUp(rank, f"{message}; going on with {left}")

@@ -19,7 +19,6 @@ from distrain.checkpoint import (
     MODEL,
     Checkpoint,
     CheckpointStore,
-    Found,
     Snapshot,
     as_overrides,
     differences,
@@ -220,8 +219,8 @@ class Trainer:
         self._progress.phase("starting Ray")
         try:
             cluster = Cluster(config.cluster.address, config.workers, config.cluster.wait_seconds)
-        except BaseException:
-            tracker.finish("FAILED")
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, Interrupted) else "FAILED")
             raise
         try:
             tracker.start()
@@ -233,7 +232,7 @@ class Trainer:
                 status = "KILLED"
                 message = "stopped before the first step"
                 if self._written is not None:
-                    message = f"stopped after step {self._step}; go on with: distrain resume {self._written}"
+                    message = f"stopped while no server trained; go on with: distrain resume {self._written}"
                 raise Interrupted(message, signals.received or SIGNALS[0]) from stopped
             finally:
                 self._progress.phase("storing the run in MLflow" if config.tracking.enabled else "ending")
@@ -310,7 +309,10 @@ class Trainer:
         if self.config.checkpoint.history:
             plan, server = preparation.train.plan, self.config.server
             path, whole = self._mirror("history.jsonl").path, server.mode == "sync" and server.quorum is None
-            self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step, whole)
+            try:
+                self._history = History(path, plan.num_shards, plan.steps_per_epoch, plan.num_rows, self._step, whole)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
         crew = Crew(
             placement,
             run,
@@ -433,10 +435,10 @@ class Trainer:
 
     def _go_back(self, why: str, tracker: Tracker) -> Restored | None:
         """Where the next server goes on: the last good checkpoint, or where this run began."""
-        found, damaged = self._last_good()
+        last, damaged = self._last_good()
         checkpoint = self._checkpoint
-        if found is not None and (checkpoint is None or found.path != checkpoint.path):
-            checkpoint = load(found.path)
+        if last is not None and (checkpoint is None or last.path != checkpoint.path):
+            checkpoint = last
         self._written = checkpoint.path if checkpoint is not None else None
         restored = self._restored(checkpoint)
         step = restored.step if restored is not None else 0
@@ -446,26 +448,30 @@ class Trainer:
         tracker.event(Event(_now_ms(), "restored", message, step))
         return restored
 
-    def _last_good(self) -> tuple[Found | None, int]:
+    def _last_good(self) -> tuple[Checkpoint | None, int]:
         """The last good checkpoint, and how many later ones are damaged.
 
         Raises CheckpointUnreadable where that cannot be told for a minute: to begin anew would cost what they hold.
         """
         store, until, is_told = CheckpointStore(self._folder), time.monotonic() + _UNREADABLE_SECONDS, False
         while True:
+            found = None
             try:
                 found = store.latest()
-                return found, len(found.skipped) if found is not None else 0
+                return (load(found.path), len(found.skipped)) if found is not None else (None, 0)
             except CheckpointUnreadable as error:
-                if time.monotonic() > until or self._stop_reason is not None:
+                if self._stop_reason is not None:
+                    raise _StoppedEarly from error
+                if time.monotonic() > until:
                     raise
                 if not is_told:
                     self._progress.note(f"{error.message}; trying again for {_UNREADABLE_SECONDS:g} s")
                 is_told = True
                 time.sleep(1.0)
             except CheckpointError as error:
-                self._progress.note(error.message)
-                return None, store.count
+                if found is None:  # all are damaged, and not one between two looks at it
+                    self._progress.note(error.message)
+                    return None, store.count
 
     def _update_spec(self, placement: Placement, plan: Plan) -> UpdateSpec:
         config = self.config
@@ -522,8 +528,11 @@ class Trainer:
             return str(self.config.tracking.run_name)  # by which the next attempt looks for this one's checkpoints
         name = name or self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         unique, number = name, 2
-        while (self._root / unique).exists():
-            unique, number = f"{name}-{number}", number + 1
+        try:
+            while (self._root / unique).exists():
+                unique, number = f"{name}-{number}", number + 1
+        except OSError as error:
+            raise CheckpointError(f"{self._root}: cannot be looked at: {error.strerror}") from error
         return unique
 
     def _checkpoint_writer(self, preparation: Preparation, crew: Crew, tracker: Tracker) -> CheckpointWriter:

@@ -191,6 +191,15 @@ def test_tracking():
     assert secret.message == "host/db"
 
 
+def test_a_cluster_that_may_grow_and_lacks_gpus_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    assert doctor.cluster("there", WorkersConfig(count=2, gpus=1)).verdict == "failed"
+    found = doctor.cluster("there", WorkersConfig(count=2, gpus=1), wait_seconds=60)
+    assert found.verdict == "warning" and "has 8 CPUs and 0 GPUs for 2 workers" in found.message
+    assert "waits up to 60 s" in found.advice
+
+
 def test_too_many_workers_for_this_machine():
     found = doctor.cluster("local", WorkersConfig(count=10_000))
     assert found.verdict == "failed" and found.exit_code == ClusterError.exit_code and "ask for less" in found.advice
@@ -199,7 +208,9 @@ def test_too_many_workers_for_this_machine():
 def test_a_model_that_cannot_be_built_or_does_not_fit_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "broken_models.py").write_text(
         "from torch import nn\n\ndef raises():\n    raise KeyError('size')\n\n"
-        "def narrow():\n    return nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))\n"
+        "def narrow():\n    return nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))\n\n"
+        "class Wrong(nn.Linear):\n    def forward(self, features):\n        return super().forward(features[:, :3])\n\n"
+        "def wrong():\n    return Wrong(4, 3)\n"
     )
     monkeypatch.chdir(tmp_path)
     job = write_job(tmp_path)
@@ -213,6 +224,9 @@ def test_a_model_that_cannot_be_built_or_does_not_fit_the_loss(tmp_path: Path, m
     raised = found("raises")
     assert (raised.verdict, raised.exit_code) == ("failed", 2)
     assert raised.message == f"KeyError: 'size' ({tmp_path / 'broken_models.py'}, line 4)"
+    wrong = found("wrong")
+    assert wrong.verdict == "failed" and wrong.message.startswith("RuntimeError: mat1 and mat2 shapes")
+    assert wrong.message.endswith(f"({tmp_path / 'broken_models.py'}, line 11)")
     narrow = found("narrow")
     assert narrow.verdict == "failed" and "got (6,) and (2,)" in narrow.message, narrow
 

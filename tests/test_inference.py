@@ -320,7 +320,8 @@ class Twice(nn.Module):
         return left * self.scale
 
 
-def test_a_transform_gets_the_label_where_the_data_hold_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{}, {"y": [7]}])
+def test_a_transform_gets_the_label_where_the_data_hold_it(tmp_path: Path, other: dict[str, list[int]]) -> None:
     config = TrainConfig(
         data={"train": "gone", "features": ["a"], "label": "y", "transform": f"{__name__}:as_documented"},
         model={"factory": f"{__name__}:Twice"},
@@ -331,7 +332,8 @@ def test_a_transform_gets_the_label_where_the_data_hold_it(tmp_path: Path) -> No
     predict(checkpoint, str(tmp_path / "in"), tmp_path / "out.parquet", ["y", "a"])
     expected = {"y": [5.0, 6.0], "a": [1.0, 2.0], "prediction": [2.0, 4.0]}
     assert pq.read_table(tmp_path / "out.parquet").to_pydict() == expected
-    write(tmp_path / "in" / "2.parquet", {"a": [3.0]})  # without it: now it is hidden in every file
+    # Not in every file, or of another type in one: now it is hidden in all of them.
+    write(tmp_path / "in" / "2.parquet", {"a": [3.0], **other})
     with pytest.raises(TrainingError, match=r"1\.parquet: row group 0: data.transform .* raised KeyError"):
         predict(checkpoint, str(tmp_path / "in"), tmp_path / "out.parquet")
 

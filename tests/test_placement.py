@@ -11,7 +11,7 @@ import pytest
 
 from distrain import placement
 from distrain.config import WorkersConfig
-from distrain.errors import ClusterError
+from distrain.errors import ClusterError, Interrupted
 from distrain.placement import Cluster, Placement, bundle, check_local_room
 from tests.support.jobs import distrain, write_job
 
@@ -122,6 +122,18 @@ def test_waiting_for_room_is_told_and_ends_where_the_run_is_to_stop(
     assert notes == ["waiting up to 30 s for room for 2 workers of 1 CPUs: 1 of 1 CPUs are free"]
 
 
+def test_a_sigterm_that_ray_takes_is_no_failure_of_the_cluster(monkeypatch: pytest.MonkeyPatch):
+    def init(**_: object) -> None:
+        raise SystemExit(15)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    for address in ("a-cluster", "local"):
+        with pytest.raises(Interrupted) as stopped:
+            Cluster(address, WorkersConfig(count=1))
+        assert stopped.value.exit_code == 143
+
+
 class State:
     """Of a cluster, as the GCS has it."""
 
@@ -187,6 +199,24 @@ class TestRooms:
         self.alive.remove("b")
         self.tables[0][1] = ""  # Ray looks for other room for it, and there is none
         assert rooms.settle() and rooms.server_node in {"a", "c"}
+
+    def test_the_room_of_before_is_taken_back_where_it_is_there_again(self):
+        rooms = self.placed({0: "a", 1: "b"})
+        rooms.ask(1)
+        State.draining = {"b": 0}
+        assert not rooms.take_back(1), "it is about to go"
+        State.draining = {}
+        self.alive.remove("b")
+        assert not rooms.take_back(1) and rooms.awaits(1)
+        self.tables[0][1] = "c"  # where Ray has found other room for it
+        assert rooms.take_back(1) and not rooms.awaits(1) and self.removed == [1]
+
+    def test_other_room_that_came_counts_when_a_server_takes_over(self):
+        rooms = self.placed({0: "a", 1: "b"})
+        rooms.ask(1)
+        self.alive.remove("b")
+        self.tables[0][1], self.tables[1] = "", {0: "c"}
+        assert rooms.settle() and rooms.nodes() == {0: "a", 1: "c"}
 
     def test_room_that_was_lost_is_waited_for_until_the_run_is_to_stop(self):
         with pytest.raises(ClusterError, match=r"no room for 2 workers of 1 CPUs came free within 0\.5 s"):

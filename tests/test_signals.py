@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -34,17 +33,23 @@ def test_the_first_one_stops_though_nobody_reads(monkeypatch: pytest.MonkeyPatch
     assert signals.received == number
 
 
-def test_it_is_told_though_the_terminal_is_being_written_to(capsys: pytest.CaptureFixture[str]):
-    """What was interrupted holds the lock that telling needs."""
-    from rich.console import Console
-    from rich.live import Live
-
-    console = Console(file=sys.stderr, force_terminal=True)
-    with Live("", console=console, auto_refresh=False, redirect_stderr=True) as live, StopSignals(lambda: None):
-        with live._lock:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
-        wait_for(lambda: "finishing the step" in capsys.readouterr().err, 5, "the word")
+def test_it_is_told_though_what_was_interrupted_holds_the_lock_that_telling_needs():
+    code = (
+        "import os, signal, sys, time\n"
+        "from rich.console import Console\n"
+        "from distrain.progress import TerminalProgress\n"
+        "from distrain.signals import StopSignals\n"
+        "progress = TerminalProgress(Console(file=sys.stderr, force_terminal=True))\n"
+        "progress.phase('starting')\n"
+        "with StopSignals(lambda: None):\n"
+        "    with progress._lock:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(0.5)\n"
+        "    time.sleep(0.5)\n"
+        "progress.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=20)
+    assert done.returncode == 0 and "finishing the step" in done.stderr
 
 
 def test_the_second_one_ends_the_process():

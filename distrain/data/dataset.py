@@ -19,7 +19,7 @@ from distrain.data.files import filesystem, find_files
 from distrain.data.images import Shape, image_shape
 from distrain.data.location import Location
 from distrain.data.ragged import RawBatch
-from distrain.data.schema import check_columns, choose_columns, left_out
+from distrain.data.schema import check_columns, choose_columns, have_columns, left_out
 from distrain.errors import DataError
 
 _FOOTER_THREADS = 8
@@ -157,7 +157,8 @@ def open_dataset(
     """Open a data set by reading every file's footer.
 
     `like`: a data set whose columns this one must have (validation has the training set's). `with_labels=False` opens
-    rows for prediction, which need no label: only a transform is given it, where every file has it. With a `vocabulary`
+    rows for prediction, which need no label: only a transform is given it, where every file has it, of one type; it may
+    hold nulls. With a `vocabulary`
     features are lists of token ids below it, of any length. Raises DataError naming file and column.
     """
     found = find_files(paths)
@@ -167,7 +168,7 @@ def open_dataset(
     first_path, first = found[0][0], schemas[0]
     columns = like.columns if like is not None else choose_columns(first, first_path, data, with_labels, vocabulary)
     if not with_labels:
-        is_shown = columns.transform is not None and all({*columns.labels} <= {*schema.names} for schema in schemas)
+        is_shown = columns.transform is not None and have_columns(schemas, columns, columns.labels)
         columns = replace(columns, labels=columns.labels if is_shown else (), label_is_integer=False, weight=None)
     for (path, _), schema in zip(found, schemas, strict=True):
         check_columns(path, schema, columns, first_path if like is None else like.files[0].path)

@@ -179,6 +179,16 @@ def check_columns(path: str, schema: pa.Schema, columns: Columns, first: str) ->
             raise DataError(f"{path}: column {name!r} is {kind}, and {types[name]} in {first}")
 
 
+def have_columns(schemas: Iterable[pa.Schema], columns: Columns, names: Iterable[str]) -> bool:
+    """Whether every file has these columns, once, with the types of `columns`."""
+    types = dict(columns.types)
+    return all(
+        schema.names.count(name) == 1 and type_name(schema.field(name).type) == types.get(name)
+        for schema in schemas
+        for name in names
+    )
+
+
 def _listed(names: Sequence[str], most: int = 10) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     return f"{shown}, ... ({len(names)} columns)" if len(names) > most else shown

@@ -89,11 +89,11 @@ def _check_class_weights(loss: LossConfig, classes: int | None, num_labels: int)
         raise ConfigError(f"loss.class_weights: {len(loss.class_weights)} weights for {classes} classes")
 
 
-def check_task(task: Task, dataset: Dataset, smallest_forward: int) -> None:
+def check_task(task: Task, dataset: Dataset, smallest_forward: int, strict: bool = False) -> None:
     """Run the first rows through model and loss, and raise ConfigError where their shapes do not fit together, or where
     an epoch's smallest forward pass, of so many rows, is too small for the model.
 
-    Whatever else is wrong is left to the workers, who say it with its step and place.
+    Whatever else is wrong is left to the workers, who say it with its step and place; with `strict` it is raised.
     """
     needed = minimum_rows(task.model)
     if smallest_forward < needed:
@@ -105,6 +105,8 @@ def check_task(task: Task, dataset: Dataset, smallest_forward: int) -> None:
     try:
         batch = pad(next(dataset.read(number, 0, min(2, dataset.row_counts[number]))))
     except DistrainError:
+        if strict:
+            raise
         return
     training = task.model.training
     task.model.eval()
@@ -114,6 +116,7 @@ def check_task(task: Task, dataset: Dataset, smallest_forward: int) -> None:
     except TrainingError as error:
         raise ConfigError(error.message) from error
     except Exception:
-        return
+        if strict:
+            raise
     finally:
         task.model.train(training)

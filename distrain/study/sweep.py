@@ -32,11 +32,13 @@ _SERVER_CPUS = 1.0  # a point beside others needs its server's core as well
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a cluster has for the points of a sweep. `may_share`: more workers than cores may share them."""
+    """What a cluster has for the points of a sweep. `may_share`: more workers than cores may share them. `may_grow`: it
+    gets what `num_parallel` points need."""
 
     cpus: float
     gpus: float
     may_share: bool
+    may_grow: bool
 
     def has_place(self, workers: WorkersConfig, others: Sequence[WorkersConfig], num_parallel: int | None) -> bool:
         """Whether a point may start beside those that run. Unless it was said how many may, they must not share cores,
@@ -44,6 +46,8 @@ class Room:
         if not others:
             return True
         together = [*others, workers]
+        if self.may_grow and num_parallel is not None:
+            return len(together) <= num_parallel
         cpus, gpus = sum(each.all_cpus for each in together), sum(each.all_gpus for each in together)
         if gpus > self.gpus:
             return False
@@ -125,12 +129,13 @@ class Sweep:
             try:
                 cores = float(os.cpu_count() or 1) if cluster.is_local else cluster.resources.there_cpus
                 self._study.num_cores = cores
+                room = Room(cores, cluster.resources.there_gpus, cluster.is_local, where.wait_seconds is not None)
                 parent = open_parent(tracking, self._description())
                 self._study.parent_run_id = parent.run_id
                 self._study.save(self.folder)
                 status = "FAILED"
                 try:
-                    self._run_all(parent, Room(cores, cluster.resources.there_gpus, cluster.is_local))
+                    self._run_all(parent, room)
                     status = "KILLED" if self._stopping else "FINISHED"
                 finally:
                     report = publish(self._study, self.folder, parent)

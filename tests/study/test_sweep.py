@@ -112,14 +112,16 @@ ON_GPUS = WorkersConfig(count=1, gpus=1)
 @pytest.mark.parametrize(
     ("room", "workers", "num_parallel", "together"),
     [
-        (Room(4, 0, True), WorkersConfig(count=1), None, 2),  # each with its server's core
-        (Room(4, 0, True), WorkersConfig(count=8), None, 1),
-        (Room(2, 0, True), WorkersConfig(count=2), 3, 3),  # a Ray of our own is made for as many
-        (Room(4, 0, False), WorkersConfig(count=2), 3, 2),  # others' cluster is what it is
-        (Room(16, 1, False), ON_GPUS, None, 1),
-        (Room(16, 3, True), ON_GPUS, None, 3),
-        (Room(16, 1, True), ON_GPUS, 4, 1),
-        (Room(16, 1, True), WorkersConfig(count=2, gpus=0.5, gpu_count=1), None, 2),
+        (Room(4, 0, True, False), WorkersConfig(count=1), None, 2),  # each with its server's core
+        (Room(4, 0, True, False), WorkersConfig(count=8), None, 1),
+        (Room(2, 0, True, False), WorkersConfig(count=2), 3, 3),  # a Ray of our own is made for as many
+        (Room(4, 0, False, False), WorkersConfig(count=2), 3, 2),  # others' cluster is what it is
+        (Room(0, 0, False, True), WorkersConfig(count=2, gpus=1), 3, 3),  # which an autoscaler adds
+        (Room(0, 0, False, True), WorkersConfig(count=2), None, 1),
+        (Room(16, 1, False, False), ON_GPUS, None, 1),
+        (Room(16, 3, True, False), ON_GPUS, None, 3),
+        (Room(16, 1, True, False), ON_GPUS, 4, 1),
+        (Room(16, 1, True, False), WorkersConfig(count=2, gpus=0.5, gpu_count=1), None, 2),
     ],
 )
 def test_points_begin_as_long_as_there_is_room(
