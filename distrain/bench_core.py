@@ -75,7 +75,8 @@ class Crew:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of a step, after the warm-up, and what the run ended with."""
+    """Milliseconds of a step, after the warm-up, and what the run ended with. `loss` is the mean over the last epoch,
+    as far as the run went into it."""
 
     samples_per_s: float
     step_ms: float

@@ -366,24 +366,28 @@ def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[s
 
     The epoch under way begins again. Where the learning rate has to do with it, the optimizer's options and the
     schedule are the configuration's, the schedule as after the updates done so far, and not those in the state. Moments
-    that may not fit begin anew. Returns what else a person should know, a line each.
+    that may not fit begin anew, and so does the best validation where others are not to be compared with it. Returns
+    what else a person should know, a line each.
     """
     state, before, told = manifest["state"], manifest["config"], []
     state["agenda"] = {"epoch": manifest["epoch"]}
     state.pop("epoch_loss", None)
+    if any(key == "data.validation" or key.startswith("loss.") for key in changed):
+        state["stopping"] = {**state["stopping"], "top": None, "best": None, "stale": 0}
     rows = "data.train" if before["batch_size"] == "full" else "batch_size"
     is_scaled = before["optimizer"].get("base_batch_size") is not None and rows in changed
     has_other_rate = is_scaled or any(key in _RATE or key.startswith("schedule.") for key in changed)
     if not has_other_rate and not any(key.startswith("optimizer.") for key in changed):
         return []
-    state["optimizer"]["param_groups"] = None
+    groups = state["optimizer"]["param_groups"]
+    state["optimizer"]["param_groups"] = [{"params": group["params"]} for group in groups]
     goes_by_loss = (before["schedule"] or {}).get("name") == "ReduceLROnPlateau"
     if has_other_rate or not goes_by_loss:
         state["schedule"] = {"steps": state["schedule"]["steps"]}
         if goes_by_loss:
             told.append("the schedule, and how often it reduced the learning rate, begins anew")
     if any(key.startswith("optimizer.") and key not in _KEEP_MOMENTS for key in changed):
-        state["optimizer"]["state"] = []
+        state["optimizer"]["state"], state["optimizer"]["param_groups"] = [], None
         told.append("the optimizer's state, such as its momentum, begins anew")
     return told
 

@@ -26,11 +26,12 @@ class StepRecord:
     step: int  # counts from 1: the number of updates applied
     epoch: int  # counts from 0
     time_ms: int  # Unix time of the update
-    loss: float  # mean over the step's samples
+    loss: float  # mean over the step's samples, by weight; 0 where they have none
     grad_norm: float  # L2 norm of the averaged gradient before clipping, in float64
     lr: float
     clipped: bool
-    samples: int
+    samples: int  # those without weight too
+    weight: float  # theirs: their number where all count the same
     num_bytes: int  # Parquet bytes read by the workers for this step, as tensors
     data_s: float  # waiting for rows
     compute_s: float  # forward, loss, backward

@@ -22,11 +22,12 @@ class StepSums:
     num_clipped: int
     num_overflowed: int  # updates left out, which have no gradient norm
     samples: int
+    weight: float  # of the samples
     staleness: int
     dropped: int  # microbatches
     skipped_rows: int
     num_bytes: int
-    weighted_loss: float  # loss x samples
+    weighted_loss: float  # loss x weight
     penalty: float
     grad_norm: float
     data_s: float
@@ -53,11 +54,12 @@ class StepSums:
             num_clipped=int(record.clipped),
             num_overflowed=int(record.overflowed),
             samples=record.samples,
+            weight=record.weight,
             staleness=record.staleness,
             dropped=record.dropped,
             skipped_rows=record.skipped_rows,
             num_bytes=record.num_bytes,
-            weighted_loss=record.loss * record.samples,
+            weighted_loss=record.loss * record.weight,
             penalty=record.penalty,
             grad_norm=0.0 if record.overflowed else record.grad_norm,
             data_s=record.data_s,
@@ -85,6 +87,7 @@ class StepSums:
         self.num_clipped += later.num_clipped
         self.num_overflowed += later.num_overflowed
         self.samples += later.samples
+        self.weight += later.weight
         self.staleness += later.staleness
         self.dropped += later.dropped
         self.skipped_rows += later.skipped_rows
@@ -101,8 +104,8 @@ class StepSums:
 
     @property
     def loss(self) -> float:
-        """Mean over the samples."""
-        return self.weighted_loss / self.samples if self.samples else math.nan
+        """Mean over the samples, by weight; NaN where they have none."""
+        return self.weighted_loss / self.weight if self.weight else math.nan
 
 
 @dataclass(slots=True)
@@ -110,17 +113,19 @@ class EpochLoss:
     """The training loss of the epoch that the last step was of, as far as it has come."""
 
     epoch: int = 0
-    weighted_loss: float = 0.0  # loss x samples
+    weighted_loss: float = 0.0  # loss x weight
+    weight: float = 0.0  # of the samples
     samples: int = 0
 
-    def add(self, epoch: int, loss: float, samples: int) -> None:
+    def add(self, epoch: int, loss: float, weight: float, samples: int) -> None:
         """Take in the next step. With another epoch, its sums begin anew."""
         if epoch != self.epoch:
-            self.epoch, self.weighted_loss, self.samples = epoch, 0.0, 0
-        self.weighted_loss += loss * samples
+            self.epoch, self.weighted_loss, self.weight, self.samples = epoch, 0.0, 0.0, 0
+        self.weighted_loss += loss * weight
+        self.weight += weight
         self.samples += samples
 
     @property
     def mean(self) -> float:
-        """Mean over the samples; NaN where there were none."""
-        return self.weighted_loss / self.samples if self.samples else math.nan
+        """Mean over the samples, by weight; NaN where they have none."""
+        return self.weighted_loss / self.weight if self.weight else math.nan

@@ -266,8 +266,10 @@ class Trainer:
 
     def _branch(self, begins: Place) -> None:
         """Become a run of its own: the checkpoint's went on from there, and this one will not give the same bits."""
+        assert self._checkpoint is not None
         self._is_branch = True
         self.run_name = self._run_name()
+        self._checkpoint.manifest["state"]["stopping"]["top"] = None  # its folder has no best one yet
         self._progress.note(
             f"{begins.parent} holds later checkpoints, which stay: from {begins.name} on this is a run of its own, "
             f"{self.run_name}"

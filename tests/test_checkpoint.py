@@ -440,6 +440,8 @@ def test_changed_keys_are_given_as_settings_that_a_configuration_takes() -> None
     [
         (["seed"], "StepLR", True, True, 0),
         (["batch_size"], "StepLR", True, True, 0),
+        (["data.validation"], "StepLR", True, True, 0),
+        (["loss.gamma"], "StepLR", True, True, 0),
         (["optimizer.lr"], "StepLR", False, True, 0),
         (["optimizer.betas"], "ReduceLROnPlateau", True, True, 0),
         (["optimizer.lr"], "ReduceLROnPlateau", False, True, 1),
@@ -453,7 +455,8 @@ def test_what_follows_changed_keys(
     config = CONFIG | {"schedule": {"name": schedule}}
     state = {
         "schedule": {"steps": 7, "lr": [0.1]},
-        "optimizer": {"state": [1], "param_groups": [2]},
+        "optimizer": {"state": [1], "param_groups": [{"params": [2], "lr": 0.1}]},
+        "stopping": {"top": 0.5, "best": 0.5, "stale": 2, "losses": [3]},
         "agenda": {"x": 1},
         "epoch_loss": {"epoch": 3, "weighted_loss": 1.0, "samples": 2},
     }
@@ -462,8 +465,14 @@ def test_what_follows_changed_keys(
     assert state["agenda"] == {"epoch": 3} and "epoch_loss" not in state
     assert ("lr" in state["schedule"]) == keeps_schedule and state["schedule"]["steps"] == 7
     assert state["optimizer"]["state"] == ([1] if keeps_moments else [])
-    has_options = any(key.startswith("optimizer.") for key in changed)
-    assert state["optimizer"]["param_groups"] == (None if has_options else [2])
+    own_options = any(key.startswith("optimizer.") for key in changed)
+    groups = (
+        [{"params": [2]}] if own_options and keeps_moments else None if own_options else [{"params": [2], "lr": 0.1}]
+    )
+    assert state["optimizer"]["param_groups"] == groups
+    is_comparable = changed not in (["data.validation"], ["loss.gamma"])
+    best = {"top": 0.5, "best": 0.5, "stale": 2} if is_comparable else {"top": None, "best": None, "stale": 0}
+    assert state["stopping"] == {**best, "losses": [3]}
 
 
 def test_only_one_before_the_last_good_one_is_superseded(store: CheckpointStore) -> None:

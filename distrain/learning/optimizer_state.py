@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,18 @@ def unpack_optimizer(
         raise CheckpointError(
             f"the checkpoint's optimizer state does not fit {type(optimizer).__name__} over this model: {error}"
         ) from error
+
+
+def with_options(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]] | None
+) -> list[Mapping[str, Any]]:
+    """A state's parameter groups. Those without options get what `optimizer` has; None: they are its own, too."""
+    own = pack_optimizer(optimizer)[1]["param_groups"]
+    if groups is None:
+        return list(own)
+    if len(groups) != len(own) or any("lr" in group for group in groups):
+        return list(groups)
+    return [{**options, **group} for options, group in zip(own, groups, strict=True)]
 
 
 def merge_optimizers(

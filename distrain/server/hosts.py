@@ -26,7 +26,13 @@ from distrain.exchange.link import Frame, Hub, Kind, SocketLink, pack_integers, 
 from distrain.exchange.slices import cut
 from distrain.exchange.state import pack_state, unpack_state
 from distrain.exchange.sums import Key, send_parameters, withdraw_parameters
-from distrain.learning.optimizer_state import merge_optimizers, optimizer_of, pack_optimizer, unpack_optimizer
+from distrain.learning.optimizer_state import (
+    merge_optimizers,
+    optimizer_of,
+    pack_optimizer,
+    unpack_optimizer,
+    with_options,
+)
 from distrain.reduction import Block
 from distrain.server.members import Batch, Host
 from distrain.server.parameter_server import Gathered, ParameterServer
@@ -403,11 +409,10 @@ class Hosts:
     def unpack_optimizer(self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """Go on from such a state, after update `step`: here, and with owners once they join.
 
-        Without "param_groups" the optimizer's options are those it has.
+        Where "param_groups" have no options, or there are none, the optimizer's are those it has.
         """
         self._step = step
-        if scalars["param_groups"] is None:
-            scalars = {**scalars, "param_groups": pack_optimizer(self._server.optimizer)[1]["param_groups"]}
+        scalars = {**scalars, "param_groups": with_options(self._server.optimizer, scalars["param_groups"])}
         self._restored = (tensors, scalars) if self.is_sliced else None
         mine = optimizer_of(self._server.indices_in(self._server.span), tensors, scalars)
         unpack_optimizer(self._server.optimizer, *mine)

@@ -62,7 +62,7 @@ class LoopSettings:
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. `status` is finished or stopped; rates count the steps after the first. `train_loss` is the mean
-    over the samples of the last epoch, as far as the run went into it."""
+    over the samples of the last epoch, by weight, as far as the run went into it."""
 
     status: str
     reason: str
@@ -136,7 +136,7 @@ class Loop:
         self._last_snapshot = -1
         self._snapshot_at = time.monotonic()
         self._validation: dict[str, float] = {}
-        self._validated_at = -1
+        self._validated_at = self._best_at = -1  # steps
         self._epoch_loss = EpochLoss()
         self._epoch_ended = False
         self._start = self._mark = 0.0  # time.perf_counter() of the run, and of the last step's end
@@ -171,7 +171,10 @@ class Loop:
         self._symptoms.load_state_dict(state.get("symptoms", {}))
         self._skipping.load_state_dict(state.get("skipped", {}))
         self._validation = dict(state["validation"])
-        self._epoch_loss = EpochLoss(**state.get("epoch_loss", {}))
+        if "epoch_loss" in state:
+            self._epoch_loss = EpochLoss(**state["epoch_loss"])
+        elif (loss := state.get("train_loss")) is not None:  # an older checkpoint: of its last step, until the next one
+            self._epoch_loss = EpochLoss(epoch=-1, weighted_loss=loss, weight=1.0)
 
     def run(self) -> Outcome:
         """Train to the end. Raises DivergenceError, TrainingError or what a worker reported."""
@@ -211,6 +214,7 @@ class Loop:
                 self._tell("stopped", why)
                 break
             if self._is_snapshot_due and not self._done():  # the end takes one, once all is validated
+                self._go_on()  # where a validation was waited for
                 self._snapshot()
         else:
             if not self._agenda.finished:
@@ -256,7 +260,7 @@ class Loop:
     def _is_snapshot_due(self) -> bool:
         every_s = self._settings.checkpoint_every_s
         is_time = every_s is not None and time.monotonic() - self._snapshot_at >= every_s
-        is_best = self._validated_at == self.step and self._stopping.is_best
+        is_best = self._best_at == self.step
         return self._epoch_ended or is_time or is_best or _due(self.step, self._settings.checkpoint_every_steps)
 
     @property
@@ -292,23 +296,22 @@ class Loop:
         self.step += 1
         self._rounds.stepped(self.step)
         self._epoch_ended = self._agenda.applied([m for m in round_.microbatches if m not in dropped], dropped)
-        why = self._stopping.stepped(update.loss, update.grad_norm) if update.samples else None
+        why = self._stopping.stepped(update.loss, update.grad_norm) if update.weight else None
         now = time.perf_counter()
         step_s, self._mark = now - self._mark, now
-        if not (why or self._stop_reason or self._is_time_over or self._is_validation_due):
-            self._begin_rounds()  # so that the workers compute while what follows is done
-            self._rounds.wake()
+        if not (why or self._is_time_over or self._is_validation_due):
+            self._go_on()
         if (squares := sum(part.squares for part in parts)) and not update.overflowed:
             microbatches = [self._plan.num_rows_of(*m) for m in round_.microbatches if m not in {*dropped, *skipped}]
             self._noise_scale.add(squares, (update.data_norm * update.weight) ** 2, microbatches)
         layers: tuple[LayerLook, ...] = ()
-        if watch is not None and update.samples and not update.overflowed:
+        if watch is not None and update.weight and not update.overflowed:
             layers = watch.looks([round_.seen[m] for m in sorted(round_.seen) if m not in dropped], update.samples)
         for warning in self._symptoms.notice(self.step, layers, update.lr):
             self._tell("warning", warning)
         epoch, _ = self._plan.position(round_.microbatches[0][0])
-        self._epoch_loss.add(epoch, update.loss, update.samples)
-        if self._epoch_ended and not (self._epoch_loss.samples or self._skipping.total.microbatches):
+        self._epoch_loss.add(epoch, update.loss, update.weight, update.samples)
+        if self._epoch_ended and not self._epoch_loss.weight and self._epoch_loss.samples == self._plan.num_rows:
             raise TrainingDataError(
                 f"step {self.step}: the weights of all rows of the epoch that it ends add up to 0, so it has no mean "
                 "loss; look at data.weight and loss.class_weights"
@@ -326,6 +329,7 @@ class Loop:
             lr=update.lr,
             clipped=update.clipped,
             samples=update.samples,
+            weight=update.weight,
             num_bytes=round_.num_bytes,
             data_s=data_s,
             compute_s=compute_s,
@@ -354,7 +358,7 @@ class Loop:
         gathered = self._rounds.begin_update(round_, self.step + 1)
         try:
             if not any(half.weight for half in gathered.halves):
-                update = self._server.skip(self.step + 1)
+                update = self._server.skip(self.step + 1, sum(half.samples for half in gathered.halves))
             else:
                 read = round_.owner.own if self._settings.asynchronous and round_.owner is not None else None
                 update = self._server.apply(gathered, self.step + 1, read, round_.scale, watch, lag)
@@ -389,6 +393,12 @@ class Loop:
                 self._flight.remove(found)
                 return found
             self._poll()
+
+    def _go_on(self) -> None:
+        """Begin what comes next, so that the workers compute while what follows here is done."""
+        if self._stop_reason is None:
+            self._begin_rounds()
+            self._rounds.wake()
 
     def _begin_rounds(self) -> None:
         if self._settings.asynchronous:
@@ -449,7 +459,10 @@ class Loop:
             return None
         self._server.schedule.validated(self._validation["loss"])
         self._hosts.validated(self._validation["loss"])
-        return self._stopping.validated(self._validation)
+        why = self._stopping.validated(self._validation)
+        if self._stopping.is_best:
+            self._best_at = self.step
+        return why
 
     def _snapshot(self) -> None:
         """Copy the run's state, which is all that a checkpoint costs the step; whoever takes it serializes it."""
@@ -482,6 +495,7 @@ class Loop:
                 optimizer=copied({**tensors, **self._server.stale(self.step)}),
                 state=state,
                 metrics=dict(metrics),
+                is_best=self._best_at == self.step,
             )
         )
         self._last_snapshot = self.step

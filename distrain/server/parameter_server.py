@@ -211,15 +211,15 @@ class ParameterServer:
         seconds = time.perf_counter() - start
         return Update(samples, weight, loss, penalty, data_norm, norm, lr, clipped, seconds)
 
-    def skip(self, step: int) -> Update:
-        """Count a step (number `step`, from 1) of which nothing could be used, or no row has any weight: parameters and
-        buffers stay as they are, the schedule moves on."""
+    def skip(self, step: int, samples: int = 0) -> Update:
+        """Count a step (number `step`, from 1) of which nothing could be used, or whose `samples` have no weight:
+        parameters and buffers stay as they are, the schedule moves on."""
         lr = self.schedule.lr
         self.schedule.step()
         if self.loss_scale is not None:
             self.loss_scale.skipped(step)
         self._publish(step, self.span)
-        return Update(0, 0.0, 0.0, 0.0, 0.0, 0.0, lr, False, 0.0)
+        return Update(samples, 0.0, 0.0, 0.0, 0.0, 0.0, lr, False, 0.0)
 
     @property
     def is_finite(self) -> bool:

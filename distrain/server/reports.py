@@ -18,7 +18,8 @@ _MAX_SNAPSHOTS = 4
 
 @dataclass(frozen=True)
 class Captured:
-    """A snapshot before it is serialized. Its tensors belong to nobody else."""
+    """A snapshot before it is serialized. Its tensors belong to nobody else. `is_best`: of those so far, by its
+    validation."""
 
     step: int
     epoch: int
@@ -27,6 +28,7 @@ class Captured:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     metrics: dict[str, float]
+    is_best: bool = False
 
     def serialized(self) -> Snapshot:
         return Snapshot(
@@ -36,8 +38,8 @@ class Captured:
 
 class Reports:
     """A mailbox: the loop posts, the driver drains. Snapshots wait apart, since they are large; when the driver cannot
-    keep up, the oldest that was not validated gives way, so that the best one is kept if it can be. A snapshot is given
-    out once the steps before it have been drained: what is durable has been told of."""
+    keep up, the oldest that was not validated gives way, or the oldest of all, but never the best one. A snapshot is
+    given out once the steps before it have been drained: what is durable has been told of."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,10 +63,12 @@ class Reports:
         with self._lock:
             self._snapshots.append(snapshot)
             if len(self._snapshots) > _MAX_SNAPSHOTS:
-                older = list(self._snapshots)[:-1]
-                victim = next((s for s in older if not s.metrics), older[0])
-                self._num_drained -= list(self._snapshots).index(victim) < self._num_drained
-                self._snapshots.remove(victim)
+                waiting = list(self._snapshots)
+                best = max((place for place, each in enumerate(waiting) if each.is_best), default=None)
+                older = [place for place in range(len(waiting) - 1) if place != best]
+                victim = next((place for place in older if not waiting[place].metrics), older[0])
+                self._num_drained -= victim < self._num_drained
+                del self._snapshots[victim]
 
     def drain(self) -> Report:
         """Everything since the last call."""

@@ -184,8 +184,8 @@ def memory(points: Sequence[Point]) -> Figure | None:
 
 
 def regularization(points: Sequence[Point]) -> Figure | None:
-    """The least validation loss each batch size reached, and how far training loss lay below it at the end. None where
-    runs ended at a target: they might have come further."""
+    """The least and the last validation loss each batch size reached, and the training loss of its last epoch, the mean
+    over that. None where runs ended at a target: they might have come further."""
     measured = [p for p in points if len(p.moments) > 1]
     sizes = sorted({p.batch_size for p in measured})
     if len(sizes) < 2 or any(p.target for p in points):

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -248,13 +248,13 @@ def _find_run(client: MlflowClient, experiment: str, reference: str) -> Run:
     if re.fullmatch(r"[0-9a-f]{32}", reference):
         return client.get_run(reference)
     known = client.get_experiment_by_name(experiment)
-    parts = PurePosixPath(reference).parts
-    for first in range(len(parts)):  # of a folder's path the name is an end, which may have a slash in it
-        escaped = "/".join(parts[first:]).replace("'", "")
-        runs = client.search_runs([known.experiment_id], f"run_name = '{escaped}'") if known is not None else []
+    where = reference.rstrip("/") if "://" in reference else str(Path(reference).absolute())
+    for key, value in (("tags.`distrain.checkpoints`", where), ("run_name", reference)):
+        escaped = value.replace("'", "")
+        runs = client.search_runs([known.experiment_id], f"{key} = '{escaped}'") if known is not None else []
         if runs:
             return runs[0]
-    raise TrackingError(f"the experiment {experiment!r} has no run of the name {reference!r}")
+    raise TrackingError(f"the experiment {experiment!r} has no run of the name or folder {reference!r}")
 
 
 def is_permanent(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from distrain.errors import CheckpointError
 from distrain.learning.model_state import copied
-from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer
+from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer, with_options
 
 # Refused by the configuration: LBFGS needs a closure, SparseAdam sparse gradients.
 REFUSED = {"Optimizer", "LBFGS", "SparseAdam"}
@@ -110,3 +110,16 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         unpack_optimizer(other, load(save(copied(packed))), scalars)
     with pytest.raises(CheckpointError, match="does not fit Adam"):
         unpack_optimizer(optimizer, {}, scalars)
+
+
+def test_groups_without_options_get_those_of_the_optimizer():
+    weights, biases = [nn.Parameter(torch.ones(2)) for _ in range(2)], [nn.Parameter(torch.ones(1))]
+    optimizer = torch.optim.SGD([{"params": weights, "weight_decay": 0.1}, {"params": biases}], lr=0.5)
+    own = pack_optimizer(optimizer)[1]["param_groups"]
+    assert with_options(optimizer, None) == own
+    assert with_options(optimizer, [{"params": [0, 1]}, {"params": [2]}]) == own
+    before = [{"params": [0, 1], "lr": 0.1}, {"params": [2], "lr": 0.1}]
+    assert with_options(optimizer, before) == before
+    for shifted in ([{"params": [0]}, {"params": [1, 2]}], [{"params": [0, 1, 2]}]):
+        with pytest.raises(CheckpointError, match="does not fit SGD"):
+            unpack_optimizer(optimizer, {}, {"state": [], "param_groups": with_options(optimizer, shifted)})

@@ -156,7 +156,7 @@ def test_steps_without_weight_change_nothing_on_any_host(staleness: int, slices:
 
     run = spread(job_of(num_workers=3, slices=slices), [1, 1, 1])
     assert finish(run) == train(job_of())[0].outcome.parameters_sha256
-    assert [record.samples for record in run.reports.drain().steps] == ([16] * 8 + [0]) * 2
+    assert [record.samples for record in run.reports.drain().steps] == ([16] * 8 + [9]) * 2
 
 
 def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
@@ -472,7 +472,7 @@ class TestAskedAgain:
     @pytest.mark.parametrize("workers", [[1, 1], [1, 0, 1]])
     def test_for_what_another_host_had_pushed_first(self, workers: list[int]):
         case, asked = self, []
-        is_copying, is_first, is_second = (threading.Event() for _ in range(3))
+        is_copying, came = threading.Event(), [threading.Event() for _ in range(2)]  # by rank: the server has its push
 
         class Late(Worker):
             def handle(self, frame: Frame) -> None:
@@ -482,10 +482,8 @@ class TestAskedAgain:
                     asked.append((frame.first, frame.stop))
                     if frame.first == 1:
                         is_copying.set()
-                        is_first.wait(20)
+                        came[1].wait(20)
                 super().handle(frame)
-                if len(asked) == 2 and self.rank == 0:
-                    is_second.set()
 
         class DyingRelay(Relay):
             def _from_worker(self, worker: Any, frame: Frame) -> None:
@@ -493,13 +491,16 @@ class TestAskedAgain:
                     return super()._from_worker(worker, frame)
                 frame.incarnation = worker.incarnation
                 self._hub.send(self._control, frame)
-                time.sleep(0.1)
-                is_first.set()
-                is_second.wait(20)
-                time.sleep(0.1)
+                came[0].wait(20)
                 raise KilledWorker
 
+        def take_push(member: Member, frame: Frame) -> None:
+            take(member, frame)
+            if case.is_it(frame) and frame.first == 1:
+                came[member.rank].set()
+
         run = spread(self.job_of(num_workers=2, slices=len(workers) - 1), workers, Late, DyingRelay)
+        take, run.loop._rounds._take_push = run.loop._rounds._take_push, take_push
         self.finish(run)
         assert asked == [(0, 1), (1, 2), (1, 2)]
 
@@ -672,11 +673,16 @@ def test_while_a_slice_hangs_the_run_can_be_ended():
 class TestSilence:
     """What counts is since when nothing moves, not how long a large transfer takes."""
 
+    @pytest.fixture(autouse=True)
+    def clock(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("distrain.server.hosts.time", Mock(monotonic=lambda: self.now))
+
     def welcomed(self, slices: int = 2) -> tuple[Run, list[Host]]:
         """A run with a relay for each other slice, and one more."""
-        run = open_run(job(slices=slices, worker_timeout_s=0.2))
+        run = open_run(job(slices=slices, worker_timeout_s=60.0))
         hello = {"relay": True, "tcp": None, "layout": run.server.layout.digest}
-        links = [Mock(shared=False, sending=False, moved_at=time.monotonic()) for _ in range(slices)]
+        links = [Mock(shared=False, sending=False, moved_at=self.now) for _ in range(slices)]
         hosts = [
             run.loop._hosts.welcome(link, {**hello, "slice": slice_})
             for slice_, link in zip([*range(slices - 1), None], links, strict=True)
@@ -690,8 +696,8 @@ class TestSilence:
         def poll(timeout_s: float) -> list:
             nonlocal waits
             waits += 1
-            time.sleep(0.05)
-            owner.link.moved_at = time.monotonic()
+            self.now += 15.0
+            owner.link.moved_at = self.now
             return [(owner.link, Frame(Kind.STATE, payload=b"all of it"))] if waits == 10 else []
 
         run.hub.poll = poll
@@ -700,20 +706,23 @@ class TestSilence:
         run.hub.close()
 
     def test_an_owner_that_sends_nothing_is_lost(self):
+        def poll(timeout_s: float) -> list:
+            self.now += 15.0
+            return []
+
         run, _ = self.welcomed()
-        run.hub.poll = lambda timeout_s: time.sleep(0.05) or []
-        with pytest.raises(ServerLost, match=r"the server of slice 0 was silent for 0\.2 s"):
+        run.hub.poll = poll
+        with pytest.raises(ServerLost, match="the server of slice 0 was silent for 60 s"):
             run.loop._hosts._await(lambda each: each.state is not None)
+        assert self.now == 75.0
         run.hub.close()
 
-    def owing(self, *lacking: int, moved_ago_s: float = 1.0) -> tuple[Run, Host]:
+    def owing(self, *lacking: int, moved_ago_s: float = 90.0) -> tuple[Run, Host]:
         """A host without a slice, whose sums these owners lack for a while; the server's is slice 2."""
         run, [*_, host] = self.welcomed(slices=3)
-        host.batches[0] = [Batch([], time.monotonic() - 1.0, dict.fromkeys(lacking, 4))]
-        for each in run.loop._hosts.all:
-            if each.link is not None:
-                each.link.moved_at = time.monotonic() - 1.0
-        host.link.moved_at = time.monotonic() - moved_ago_s
+        host.batches[0] = [Batch([], self.now, dict.fromkeys(lacking, 4))]
+        self.now += 90.0
+        host.link.moved_at = self.now - moved_ago_s
         return run, host
 
     @pytest.mark.parametrize("lacking", [(0, 1, 2), (2,), (0, 2)])
@@ -723,7 +732,7 @@ class TestSilence:
         run.hub.close()
 
     def test_but_not_while_they_come(self):
-        run, _ = self.owing(0, 1, 2, moved_ago_s=0.1)
+        run, _ = self.owing(0, 1, 2, moved_ago_s=45.0)
         assert run.loop._hosts.overdue() is None
         run.hub.close()
 
@@ -737,7 +746,7 @@ class TestSilence:
     def test_nor_one_that_does_not_take_the_servers_own(self):
         run, _ = self.owing()
         hosts = run.loop._hosts
-        hosts.local.batches[0] = [Batch([], time.monotonic() - 1.0, {1: 4})]
+        hosts.local.batches[0] = [Batch([], self.now - 90.0, {1: 4})]
         hosts._by_number = {0: hosts.local}
         with pytest.raises(ServerLost, match="the server of slice 1 was silent"):
             hosts.overdue()

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +33,13 @@ from distrain.devices import HostDevice, StreamedDevice
 from distrain.errors import DistrainError, DivergenceError, TrainingDataError, TrainingError
 from distrain.exchange.link import Frame, Kind
 from distrain.exchange.memory import Published
+from distrain.history import History, check
 from distrain.learning.task import TaskSpec, build_task
+from distrain.records import Report
 from distrain.reduction import Partial
 from distrain.server.loop import LoopSettings
 from distrain.server.parameter_server import Gathered, ParameterServer
+from distrain.server.reports import Captured
 from distrain.server.stopping import Stopping
 from distrain.worker import Source, Worker
 from tests.server import test_nonfinite
@@ -803,14 +808,24 @@ def without_weight(*microbatches: tuple[int, int], **loop) -> Job:
 LAST_STEP = [(8, shard) for shard in range(4)]
 
 
+def problems_of(report: Report, folder: Path, whole_steps: bool = True) -> list[str]:
+    """What is wrong in the history of such a run."""
+    kept = History(folder / "history.jsonl", 4, 9, 137, 0, whole_steps)
+    kept.steps(report.steps)
+    kept.close()
+    return check(folder / "history.jsonl")[1]
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_step_without_weight_changes_nothing_and_counts(staleness: int):
+def test_a_step_without_weight_changes_nothing_and_counts(staleness: int, tmp_path: Path):
     made = without_weight(*LAST_STEP, (3, 1), staleness=staleness, checkpoint_every_steps=1)
     runs = [train(made, workers) for workers in (1, 2, 3)]
     assert len({run.outcome.parameters_sha256 for run, _ in runs}) == 1
     run, report = runs[0]
     assert (run.outcome.step, run.outcome.epoch, run.outcome.status) == (18, 2, "finished")
-    assert [record.samples for record in report.steps] == ([16] * 8 + [0]) * 2
+    assert [record.samples for record in report.steps] == ([16] * 8 + [9]) * 2
+    assert [record.weight > 0 for record in report.steps] == ([True] * 8 + [False]) * 2
+    assert run.outcome.samples == 274 and problems_of(report, tmp_path) == []
     one_epoch, _ = train(replace(made, loop=replace(made.loop, epochs=1)))
     before, after = (load(snapshot.model) for snapshot in snapshots_of(one_epoch)[-2:])
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -824,17 +839,54 @@ def test_what_is_left_of_an_epoch_after_a_break_may_have_no_weight():
 
 
 @pytest.mark.parametrize("loop", [{"quorum": 3}, {"asynchronous": True, "staleness": 1}])
-def test_microbatches_without_weight_are_taken_once_however_a_run_is_trained(loop: dict):
+def test_microbatches_without_weight_are_taken_once_however_a_run_is_trained(loop: dict, tmp_path: Path):
     whole_shard = [(step, 1) for step in range(9)]
     run, report = train(without_weight(*LAST_STEP, *whole_shard, num_workers=2, **loop), 2)
     taken = [(step, shard) for r in report.steps for _, step, first, stop in r.taken for shard in range(first, stop)]
     assert run.outcome.epoch == 2 and sorted(taken) == [(step, shard) for step in range(18) for shard in range(4)]
+    assert sum(record.samples for record in report.steps) == 274
+    assert problems_of(report, tmp_path, whole_steps=False) == []
 
 
-def test_an_epoch_without_weight_is_said():
-    every = [(step, shard) for step in range(9) for shard in range(4)]
+def older(snapshot: Snapshot, loss: float | None) -> Snapshot:
+    """As it was when checkpoints knew the loss of their last step only."""
+    state = {key: value for key, value in snapshot.state.items() if key != "epoch_loss"}
+    return replace(snapshot, state={**state, "train_loss": loss})
+
+
+@pytest.mark.parametrize("break_at", [None, 4])
+def test_an_epoch_without_weight_is_said(break_at: int | None):
+    made = without_weight(*[(step, shard) for step in range(9) for shard in range(4)])
+    whole = train
+    if break_at is not None:
+        first, _ = train(replace(made, loop=replace(made.loop, max_steps=break_at)))
+        whole = partial(resumed, snapshots_of(first)[-1])
     with pytest.raises(TrainingDataError, match="step 9: the weights of all rows of the epoch that it ends add up to"):
-        train(without_weight(*every), 1)
+        whole(made)
+
+
+def test_the_rest_of_an_epoch_of_which_an_older_checkpoint_does_not_tell_may_have_no_weight():
+    made = without_weight(*LAST_STEP, epochs=1)
+    first, report = train(replace(made, loop=replace(made.loop, max_steps=8)))
+    again = resumed(older(snapshots_of(first)[-1], report.steps[-1].loss), made)
+    assert again.outcome.step == 9 and math.isnan(again.outcome.train_loss)
+
+
+@pytest.mark.parametrize("loss", [0.25, None])
+def test_an_older_checkpoint_of_a_run_that_is_done_still_tells_its_loss(loss: float | None):
+    first, _ = train(job(epochs=1))
+    last = snapshots_of(first)[-1]
+    again, on = (resumed(older(last, loss), job(**end)) for end in ({"epochs": 1}, {"max_steps": 10}))
+    assert on.outcome.train_loss == train(job(max_steps=10))[0].outcome.train_loss
+    assert again.outcome.train_loss == pytest.approx(loss if loss is not None else math.nan, nan_ok=True)
+
+
+def test_the_training_loss_is_by_weight_as_that_of_validation_is():
+    source = weighted()
+    spec = TaskSpec(ModelConfig(hidden=[8]), LossConfig(), 4, 3, False, 0)
+    still = OptimizerConfig(name="SGD", lr=1e-30)
+    run, _ = train(Job(source, spec, source, optimizer=still, loop=LoopSettings(epochs=1)))
+    assert run.outcome.train_loss == pytest.approx(run.outcome.validation["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("max_steps", "from_step"), [(None, 19), (18, 10), (13, 10)])
@@ -868,6 +920,35 @@ def test_the_best_validation_is_in_a_checkpoint(uneven):
     saved = snapshots_of(run)
     assert [snapshot.step for snapshot in saved] == sorted({*best, 9, 18, 27}), "each once"
     assert all(snapshot.metrics["loss"] == losses[snapshot.step] for snapshot in saved)
+
+
+def test_workers_compute_while_a_validated_snapshot_is_taken_which_is_what_it_would_be_without(uneven):
+    run, in_flight = open_run(uneven()), {}
+    snapshot = run.reports.snapshot
+
+    def taken(captured: Captured) -> None:
+        in_flight[captured.step] = len(run.loop._flight)
+        snapshot(captured)
+
+    run.reports.snapshot = taken
+    start_worker(run, uneven(), 0)
+    run.loop.run()
+    assert len(in_flight) > 4 and in_flight == {step: int(step < 27) for step in in_flight}
+    for mine in snapshots_of(run)[:3]:
+        other, _ = train(uneven(max_steps=mine.step))
+        assert snapshots_of(other)[-1] == mine
+
+
+def test_only_what_is_the_best_so_far_is_marked_so(uneven):
+    """Not what the run ends with, of which nobody asks whether it is."""
+    run, saved = open_run(uneven(max_steps=7)), []
+    run.reports.snapshot = saved.append
+    start_worker(run, uneven(), 0)
+    run.loop.run()
+    losses = {validation.step: validation.metrics["loss"] for validation in run.reports.drain().validations}
+    assert losses.keys() == {2, 4, 6, 7} and [snapshot.step for snapshot in saved if snapshot.is_best] == [
+        step for step in (2, 4, 6) if losses[step] == min(losses[other] for other in losses if other <= step)
+    ]
 
 
 @pytest.mark.parametrize("loop", [{"checkpoint_every_steps": 2}, {"checkpoint_every_s": 1e-9}])

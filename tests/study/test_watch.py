@@ -10,8 +10,8 @@ from distrain.study.watch import PointWatch
 def step(number: int, seconds: float = 0.01) -> StepRecord:
     return StepRecord(
         step=number, epoch=0, time_ms=number, loss=1.0 / number, grad_norm=1.0, lr=0.1, clipped=False, samples=32,
-        num_bytes=0, data_s=0.1 * seconds, compute_s=0.5 * seconds, exchange_s=0.2 * seconds, update_s=0.1 * seconds,
-        step_s=seconds, workers=1, waiting_s=0.1 * seconds,
+        weight=32.0, num_bytes=0, data_s=0.1 * seconds, compute_s=0.5 * seconds, exchange_s=0.2 * seconds,
+        update_s=0.1 * seconds, step_s=seconds, workers=1, waiting_s=0.1 * seconds,
     )  # fmt: skip
 
 
