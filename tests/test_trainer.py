@@ -52,12 +52,13 @@ def job(folder: Path) -> Path:
 
 
 def fit(job: Path, *overrides: str) -> Result:
-    return Trainer(load_config(job, overrides)).fit()
+    """Run it, with one worker where more are not the matter."""
+    return Trainer(load_config(job, ["workers.count=1", *overrides])).fit()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: None, job: Path) -> Result:
-    return fit(job, "workers.count=1")
+    return fit(job)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -70,7 +71,7 @@ def test_the_same_bits_at_any_worker_count(undisturbed: Result, job: Path, count
 
 
 def test_another_seed_gives_other_bits(undisturbed: Result, job: Path):
-    assert fit(job, "workers.count=1", "seed=1").parameters_sha256 != undisturbed.parameters_sha256
+    assert fit(job, "seed=1").parameters_sha256 != undisturbed.parameters_sha256
 
 
 def test_a_run_ended_in_the_middle_of_an_epoch_resumes_at_another_worker_count(undisturbed: Result, job: Path):
@@ -96,7 +97,7 @@ def test_what_decides_the_result_may_only_change_on_request(cluster: None, job: 
 def thirteen_steps(cluster: None, job: Path) -> Path:
     """The last checkpoint of a run."""
     settings = ("max_steps=13", "optimizer={name: AdamW, lr: 0.01, weight_decay: 0}", "schedule=null")
-    return Path(str(fit(job, *settings, "workers.count=1").checkpoint))
+    return Path(str(fit(job, *settings).checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_checkpoints_out_of_reach_are_not_taken_for_none(
 
 def test_a_name_goes_on_at_another_worker_count_with_the_shards_that_it_has(cluster: None, job: Path):
     named = ("tracking.run_name=grown", "resume=auto", "shards=null")
-    expected = fit(job, "shards=2", "workers.count=1")
+    expected = fit(job, "shards=2")
     assert fit(job, *named, "workers.count=2", "max_steps=13").steps == 13
     again = Trainer(load_config(job, [*named, "workers.count=3"])).fit()
     assert again.steps == 40 and again.parameters_sha256 == expected.parameters_sha256

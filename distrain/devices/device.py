@@ -93,8 +93,6 @@ class _Buffer:
         path, _, self._key = name.rpartition(".")
         self._name, self._module = name, modules[path]
         self._own = self._tensor
-        own: Tensor = self._own
-        self.may_be_infinite = own.is_floating_point() and not bool(own.isfinite().all())
 
     def load(self, published: Tensor) -> None:
         """Make it the tensor that it was at first, of these values."""
@@ -153,10 +151,7 @@ class Buffers:
         tensor than it was."""
         for change, buffer, published in zip(changes, self._floats, self._published, strict=True):
             local = buffer.now()
-            torch.sub(local, published, out=change)
-            if buffer.may_be_infinite:
-                change.masked_fill_(local == published, 0.0)
-            change.mul_(rows)
+            torch.sub(local, published, out=change).masked_fill_(local == published, 0.0).mul_(rows)
         for count, buffer, published in zip(counts, self._counters, self._published_counters, strict=True):
             count.copy_(buffer.now().to(torch.int64) - published).mul_(rows)
 
