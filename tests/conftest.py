@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+# Ray's own handler would take the place of pytest's, which says in which test Python crashed.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+
 
 @pytest.fixture(autouse=True)
 def no_store_stays_set() -> Iterator[None]:

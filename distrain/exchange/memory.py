@@ -17,8 +17,10 @@ _FLOAT_BYTES = 4
 class SharedBuffer:
     """Anonymous memory that other processes of this host may map. Zeroed at the start.
 
-    It lives as long as somebody holds it; `close` gives up the file descriptor, not the mapping.
+    It lives as long as somebody holds it; `close`, as this object's end, gives up the file descriptor, not the mapping.
     """
+
+    fd = -1
 
     def __init__(self, num_bytes: int, fd: int | None = None) -> None:
         self.num_bytes = max(num_bytes, mmap.PAGESIZE)
@@ -47,6 +49,9 @@ class SharedBuffer:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Published:
