@@ -148,7 +148,7 @@ def _init(failed: str, **settings: Any) -> None:
     """
     with handlers_kept():
         try:
-            ray.init(**settings)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **settings)
         except SystemExit as stopped:
             raise Interrupted("stopped while Ray started", signal.SIGTERM) from stopped
         except Exception as error:
@@ -159,6 +159,11 @@ def _free() -> str:
     """How much of the cluster is free, in words."""
     free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
     return f"{free:g} of {there:g} CPUs are free"
+
+
+def _alive() -> set[str]:
+    """The nodes that Ray has not given up."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _is_lost(table: dict[str, Any]) -> bool:
@@ -211,9 +216,6 @@ class Cluster:
                 num_gpus=int(self.resources.there_gpus) or None,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
                 _temp_dir=self._temporary,
                 _system_config={"worker_niceness": 0},  # Ray's 15 lets anything else on the machine go first
             )
@@ -224,13 +226,7 @@ class Cluster:
     def _attach(self, address: str) -> None:
         check_answers(address)
         try:
-            _init(
-                f"no Ray cluster could be reached at {address}",
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
+            _init(f"no Ray cluster could be reached at {address}", address=address)
         except DistrainError:
             self._owned = False
             raise
@@ -377,7 +373,7 @@ class Placement:
         until = time.monotonic() + self._wait_s
         while True:
             self.arrived()
-            nodes, alive = self.nodes(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            nodes, alive = self.nodes(), _alive()
             if all(nodes.get(rank) in alive for rank in range(self._needed)):
                 break
             if self._stopping():
@@ -416,9 +412,7 @@ class Placement:
 
     def take_back(self, rank: int) -> bool:
         """Whether a rank's room of before is there again, on a node that stays: then no other is waited for."""
-        room = self._rooms.get(rank)
-        node = self.nodes().get(rank)
-        if room is None or node in self.draining() or not any(n["Alive"] and n["NodeID"] == node for n in ray.nodes()):
+        if self.nodes().get(rank) not in _alive() - self.draining().keys():
             return False
         self._groups.remove(group := self._asked.pop(rank))
         remove_placement_group(group)
