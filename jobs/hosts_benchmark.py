@@ -162,7 +162,7 @@ def ddp_host(setup: Setup, number: int) -> float:
 
 def ddp_rank(setup: Setup, rank: int, results) -> None:
     """One process of DDP; the first gives the mean step."""
-    prepare_process()
+    prepare_process(keeps_memory=True)
     dist.init_process_group(
         "gloo", init_method=f"tcp://{setup.hosts[0]}:{setup.port}", rank=rank, world_size=setup.num_workers
     )

@@ -82,7 +82,7 @@ def serve(
     port: int = 0,
 ) -> list[StepRecord]:
     """The parameter server, and the workers of the ranks `local`, of a run of so many steps."""
-    prepare_process()
+    prepare_process(keeps_memory=True)
     with tempfile.TemporaryDirectory() as folder:
         preparation = model.prepare(folder, num_workers)
         hub = Hub(_TOKEN, ip, port)
@@ -115,7 +115,7 @@ def relay(
     ip: str | None = None,
 ) -> None:
     """A relay of the run whose server listens at `address`, and the workers of the ranks `local`."""
-    prepare_process()
+    prepare_process(keeps_memory=True)
     with tempfile.TemporaryDirectory() as folder:
         preparation = model.prepare(folder, num_workers)
         layout = Layout.of(build_task(preparation.task).model)
@@ -163,7 +163,7 @@ def _workers(preparation: Preparation, ranks: Sequence[int], address: Address, w
 
 
 def _work(preparation: Preparation, rank: int, address: Address, options: WorkerOptions) -> None:
-    prepare_process()
+    prepare_process(keeps_memory=True)
     task = build_task(preparation.task)
     worker = Worker(rank, task.model, task.loss, task.metrics, preparation.train, None, 0, options=options)
     worker.join(address, True, _TOKEN)

@@ -20,7 +20,7 @@ from jobs.contenders.streaming import batches
 
 def work(rank: int, spec: Spec, folder: str) -> None:
     """One process; the first writes the rate of all to `folder`/rate."""
-    prepare_process()
+    prepare_process(spec.keeps_memory)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=spec.num_workers)
     model = DistributedDataParallel(spec.model(), gradient_as_bucket_view=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)

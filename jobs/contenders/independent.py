@@ -19,7 +19,7 @@ from jobs.contenders.streaming import batches
 
 def work(rank: int, spec: Spec, folder: str, together: Barrier) -> None:
     """One process, which writes its own rate to `folder`/RANK. They only start measuring at the same time."""
-    prepare_process()
+    prepare_process(spec.keeps_memory)
     model = spec.model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     steps, start = 0, 0.0

@@ -1,4 +1,4 @@
-"""What every contender's process is given, so that none is slower for the lack of it."""
+"""What a contender's process is given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 from distrain.process import keep_freed_memory
 
 
-def prepare_process() -> None:
-    """One thread, and memory that is kept for the next step, as in distrain's actors."""
+def prepare_process(keeps_memory: bool) -> None:
+    """One thread, as in distrain's actors; and memory that is kept for the next step, as in those too, if it is to be
+    measured with it."""
     torch.set_num_threads(1)
-    keep_freed_memory()
+    if keeps_memory:
+        keep_freed_memory()

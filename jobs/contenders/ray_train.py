@@ -28,8 +28,8 @@ _BLOCK_ROWS = 2048  # columns are put side by side so many rows at a time: what 
 
 def train_worker(config: dict) -> None:
     """A worker's loop; the first writes the rate of all to `config["result"]`."""
-    prepare_process()
     spec = Spec.from_json(config["spec"])
+    prepare_process(spec.keeps_memory)
     model = prepare_model(spec.model(), parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     shard = ray.train.get_dataset_shard("train")

@@ -12,7 +12,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Spec:
-    """One measurement. `batch_size` is a worker's; `seconds` are measured after `warmup_steps`."""
+    """One measurement. `batch_size` is a worker's; `seconds` are measured after `warmup_steps`. `keeps_memory`: with
+    distrain's settings of malloc, which a script by hand does not have."""
 
     folder: str
     features: str  # "list": one list column `pixels`; "columns": f0..f31
@@ -25,6 +26,7 @@ class Spec:
     num_workers: int = 2
     shuffle_rows: int = 65_536
     warmup_steps: int = 20
+    keeps_memory: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
