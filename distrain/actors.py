@@ -240,10 +240,10 @@ class RelayActor:
         self._server = ready.address
         return Ready(self._relay.address, ready.num_parameters)
 
-    def run(self) -> None:
+    def run(self, launch: int) -> None:
         """Join the server and serve it to the end."""
         torch.set_num_threads(self._num_threads)
-        self._relay.join(self._server)
+        self._relay.join(self._server, launch)
         self._relay.run()
 
 

@@ -40,6 +40,7 @@ MOVING = "moving to another node"
 class _Relay:
     """A node's relay, and its calls under way."""
 
+    launch: int
     node: str
     slice: int | None
     actor: Any
@@ -69,7 +70,8 @@ class Crew:
         self._running: Any = None  # the server's call that trains
         self._relays: list[_Relay] = []
         self._workers: dict[int, Any] = {}  # by launch
-        self._launches = 0
+        self._launches = 0  # of workers and relays
+        self._useless: set[int] = set()  # relays, by launch, that the server has given up
         self._num_reports = self._num_snapshots = 0  # had from the server
         self._worker_calls: dict[Any, tuple[int, int]] = {}  # the call under way on each worker -> (rank, launch)
         self._told: dict[Any, tuple[int, str]] = {}  # the server's answer to a worker's end -> (rank, cause)
@@ -168,9 +170,21 @@ class Crew:
                 for launch, rank in self._leaving.items():
                     if rank == event.rank and launch != event.launch:  # its replacement is there
                         self._server.retire.remote(launch)
-            elif event.kind == "lost" and event.launch in self._workers:
-                ray.kill(self._workers[event.launch])  # it may only hang
+            elif event.kind in ("lost", "lost_host"):
+                self._end(event.launch)
         return report
+
+    def _end(self, launch: int) -> None:
+        """End a worker or relay that the server has given up: it may only hang."""
+        relays = {relay.launch: relay.actor for relay in self._relays}
+        if launch in relays:
+            self._useless.add(launch)
+        if (actor := {**self._workers, **relays}.get(launch)) is not None:
+            ray.kill(actor)
+
+    def _next_launch(self) -> int:
+        self._launches += 1
+        return self._launches - 1
 
     def _look_at_cluster(self) -> None:
         """Start workers for which room came; move what runs on nodes that are about to go."""
@@ -240,6 +254,7 @@ class Crew:
         for actor in [self._server, *relays, *self._workers.values(), *self._spares.values()]:
             ray.kill(actor)
         self._relays.clear()
+        self._useless.clear()
         self._spares.clear()
         self._losing.clear()
         self._joining.clear()
@@ -263,7 +278,8 @@ class Crew:
             num_cpus=0, max_restarts=0, scheduling_strategy=self._placement.on(node)
         ).remote()  # fmt: skip
         ready = actor.prepare.remote(self._run, self._update, self._ready, slice_)
-        self._relays.append(_Relay(node, slice_, actor, ready, actor.run.remote()))
+        launch = self._next_launch()
+        self._relays.append(_Relay(launch, node, slice_, actor, ready, actor.run.remote(launch)))
         return self._relays[-1]
 
     def _forget_ended_relays(self) -> None:
@@ -271,6 +287,7 @@ class Crew:
         by its link: it may never have come to join."""
         for relay in [relay for relay in self._relays if ray.wait([relay.running], timeout=0)[0]]:
             self._relays.remove(relay)
+            self._useless.discard(relay.launch)
             try:
                 ray.get([relay.ready, relay.running])  # why it could not begin comes first
             except (RayError, DistrainError) as error:
@@ -284,7 +301,8 @@ class Crew:
         if node in ("", self._placement.server_node) or self._update.loop.asynchronous:
             return None
         self._forget_ended_relays()
-        return next((relay for relay in self._relays if relay.node == node), None) or self._start_relay(node)
+        usable = [relay for relay in self._relays if relay.node == node and relay.launch not in self._useless]
+        return usable[0] if usable else self._start_relay(node)
 
     def _start_worker(self, rank: int) -> None:
         """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node. A spare
@@ -301,7 +319,7 @@ class Crew:
                 scheduling_strategy=self._placement.for_worker(rank),
             ).remote()  # fmt: skip
         threads = worker_threads(self._config.cpus)
-        launch, self._launches = self._launches, self._launches + 1
+        launch = self._next_launch()
         relay = self._relay_for(node)
         by = (relay.ready, relay.node) if relay is not None else (None, "")
         call = actor.run.options(name="WorkerActor.run").remote(  # which its process is called from now on

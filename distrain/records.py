@@ -71,11 +71,11 @@ class Event:
     """Something a person should hear about: a worker joined or was lost, a push was refused, a run stopped early."""
 
     time_ms: int
-    kind: str  # joined, left, lost, recovered, refused, restored, checkpoint, skipped, warning, stopped
+    kind: str  # joined, left, lost, lost_host, recovered, refused, restored, checkpoint, skipped, warning, stopped
     message: str
     step: int = 0
     rank: int = -1  # the worker concerned
-    launch: int = -1  # the process concerned: each start of a worker has a number of its own
+    launch: int = -1  # the process concerned: each start of a worker or relay has a number of its own
     seconds: float | None = None  # recovered: from the loss to a whole step
 
 

@@ -107,9 +107,16 @@ class Relay:
         """Where this host's workers find it."""
         return self._hub.address
 
-    def join(self, server: Address, timeout_s: float = 60.0) -> None:
-        """Join the server. Raises LinkError when it cannot be reached or built another model."""
-        hello = {"relay": True, "slice": self._slice, "tcp": self._hub.address.tcp, "layout": self._layout.digest}
+    def join(self, server: Address, launch: int = 0, timeout_s: float = 60.0) -> None:
+        """Join the server. `launch` tells processes apart, workers' included. Raises LinkError when it cannot be
+        reached or built another model."""
+        hello = {
+            "relay": True,
+            "launch": launch,
+            "slice": self._slice,
+            "tcp": self._hub.address.tcp,
+            "layout": self._layout.digest,
+        }
         link = connect(server, False, self._token, hello)
         welcome = link.receive(timeout_s)
         if welcome is None or welcome.kind is not Kind.WELCOME:

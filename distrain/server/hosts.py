@@ -72,7 +72,7 @@ class Hosts:
         self._links: dict[int, SocketLink] = {}  # to them
         self.local: Host | None = None
         if num_slices > 1:
-            self.local = Host(0, None, self._own)
+            self.local = Host(0, None, slice=self._own)
             self.local.sums = HostSums(
                 server.layout,
                 self._wire,
@@ -128,7 +128,7 @@ class Hosts:
             )
         self._numbers += 1
         address = tuple(hello["tcp"]) if hello["tcp"] else None
-        host = Host(self._numbers, link, hello["slice"], address)
+        host = Host(self._numbers, link, int(hello["launch"]), hello["slice"], address)
         self._by_link[link] = self._by_number[host.number] = host
         self._server.publish = self._send_parameters
         link.sink = self._place

@@ -501,8 +501,10 @@ class Loop:
         self._last_snapshot = self.step
         self._snapshot_at = time.monotonic()
 
-    def _tell(self, kind: str, message: str, member: Member | None = None, seconds: float | None = None) -> None:
-        rank, launch = (member.rank, member.launch) if member is not None else (-1, -1)
+    def _tell(
+        self, kind: str, message: str, member: Member | None = None, seconds: float | None = None, launch: int = -1
+    ) -> None:
+        rank, launch = (member.rank, member.launch) if member is not None else (-1, launch)
         self._reports.event(
             Event(time.time_ns() // 1_000_000, kind, message, self.step, rank, launch=launch, seconds=seconds)
         )

@@ -69,6 +69,7 @@ class Host:
 
     number: int
     link: SocketLink | None
+    launch: int = -1  # of its relay
     slice: int | None = None  # that it owns
     address: tuple[str, int] | None = None  # where its relay listens for other hosts' relays
     is_ready: bool = False

@@ -34,7 +34,7 @@ _HELP_SECONDS = 0.02  # how soon an idle worker helps one that is late
 GRADIENTS = (Kind.TRAIN, Kind.CHECK)  # what is answered with them
 
 Tell = Callable[..., None]
-"""Takes what happened: kind, message, and, where they apply, member and seconds."""
+"""Takes what happened: kind, message, and, where they apply, member, or another process's launch, and seconds."""
 
 
 @dataclass(eq=False)
@@ -228,6 +228,9 @@ class Rounds:
         for member in list(self._members.values()):
             if now > member.deadline and not self._ledger.is_idle(member.incarnation):
                 self._fence(member, f"it was silent for {self._timeout_s:g} s")
+                if (relay := self._relay_without_workers(member.host)) is not None:
+                    # It may be the relay that hangs, and a new one costs nobody anything.
+                    self._lose_relay(relay, f"all of its workers were silent for {self._timeout_s:g} s")
             elif member.launch in self._doomed:
                 if member.slots is None and member.host is not None:
                     self._take_back(member.host)  # out of reach, perhaps, with all its node
@@ -284,11 +287,18 @@ class Rounds:
         """Give up a host: what of its sums has not come is dealt again, and so is what its workers owe."""
         host = self.hosts.lose(link, cause)
         self._hub.drop(link)
+        self._tell("lost_host", f"host {host.number} was given up: {cause}", launch=host.launch)
         self._take_back(host)
         for member in [member for member in self._members.values() if member.host is host]:
             self._lose(member, cause)
         for incarnation in list(self._members):
             self._deal(self._ledger.claim(incarnation))
+
+    def _relay_without_workers(self, host: Host | None) -> SocketLink | None:
+        """The link to a host's relay, if that is there for its workers alone and has none."""
+        if host is None or host.slice is not None or any(member.host is host for member in self._members.values()):
+            return None
+        return host.link
 
     def _take_back(self, host: Host) -> None:
         """What of a host's sums has not come is to be computed by others."""

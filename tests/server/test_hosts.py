@@ -162,7 +162,7 @@ def test_steps_without_weight_change_nothing_on_any_host(staleness: int, slices:
 def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
     run, link = open_run(job()), Mock(shared=False, sending=False)
     hosts, layout = run.loop._hosts, run.server.layout
-    host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
+    host = hosts.welcome(link, {"relay": True, "launch": 0, "slice": None, "tcp": None, "layout": layout.digest})
     piece = Frame(Kind.PIECE, 3, stop=layout.num_floats, slot=host.number)
     piece.payload = hosts.slice_sums.place(piece)
     hosts.note(host, open_frame(3, 0, 1, host.number, 0, Block(0, 1)))
@@ -180,7 +180,7 @@ def test_a_host_may_be_lost_while_a_sum_of_it_waits_for_the_servers_word():
 def test_a_sum_of_a_round_that_is_over_gives_its_memory_back():
     run, link = open_run(job()), Mock(shared=False, sending=False)
     hosts, layout = run.loop._hosts, run.server.layout
-    host = hosts.welcome(link, {"relay": True, "slice": None, "tcp": None, "layout": layout.digest})
+    host = hosts.welcome(link, {"relay": True, "launch": 0, "slice": None, "tcp": None, "layout": layout.digest})
     hosts.note(host, open_frame(3, 0, 1, host.number, 0, Block(0, 1)))
     for first, stop in ((0, 48), (48, layout.num_floats)):
         piece = Frame(Kind.PIECE, 3, first=first, stop=stop, slot=host.number)
@@ -681,7 +681,7 @@ class TestSilence:
     def welcomed(self, slices: int = 2) -> tuple[Run, list[Host]]:
         """A run with a relay for each other slice, and one more."""
         run = open_run(job(slices=slices, worker_timeout_s=60.0))
-        hello = {"relay": True, "tcp": None, "layout": run.server.layout.digest}
+        hello = {"relay": True, "launch": 0, "tcp": None, "layout": run.server.layout.digest}
         links = [Mock(shared=False, sending=False, moved_at=self.now) for _ in range(slices)]
         hosts = [
             run.loop._hosts.welcome(link, {**hello, "slice": slice_})

@@ -117,10 +117,19 @@ def kill_node(cluster: Cluster, watch: Watch) -> None:
 
 def kill_relay(cluster: Cluster, watch: Watch) -> None:
     """The relay of the node without the server is killed, as that of a slice if it owns one."""
+    _strike_relay(watch, signal.SIGKILL)
+
+
+def hang_relay(cluster: Cluster, watch: Watch) -> None:
+    """It hangs."""
+    _strike_relay(watch, signal.SIGSTOP)
+
+
+def _strike_relay(watch: Watch, blow: signal.Signals) -> None:
     watch.until(lambda: watch.step >= 10)
     [relay] = _actors("RelayActor")
     joined = watch.count("joined")
-    os.kill(relay["Pid"], signal.SIGKILL)
+    os.kill(relay["Pid"], blow)
     watch.until(lambda: watch.count("joined") > joined)
 
 
@@ -136,7 +145,8 @@ def _nodes() -> tuple[str, str]:
 
 
 SCENARIOS: dict[str, Any] = {
-    function.__name__: function for function in (grow_and_shrink, preempt_worker, preempt_server, kill_node, kill_relay)
+    function.__name__: function
+    for function in (grow_and_shrink, preempt_worker, preempt_server, kill_node, kill_relay, hang_relay)
 }
 
 
@@ -149,7 +159,7 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     watch = Watch()
     workers = "workers={min: 1, count: 1, max: 3}" if scenario == "grow_and_shrink" else "workers={count: 2}"
-    config = load_config(job, [*overrides, workers])
+    config = load_config(job, [workers, *overrides])
     trainer = Trainer(config, watch)
     with ThreadPoolExecutor(1) as thread:  # not the scenario: nodes can be added from the main thread only
         fit = thread.submit(trainer.fit)
