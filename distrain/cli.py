@@ -402,7 +402,8 @@ def landscape(
 def compare(runs: tuple[str, ...], tracking_uri: str, experiment: str) -> None:
     """Print runs side by side: what they were given and differ in, and what came of it.
 
-    RUN is a run's name, its checkpoints' folder or MLflow id; a sweep's parent run stands for all of its points.
+    RUN is a run's name, its checkpoints' folder, one of these or its MLflow id; a sweep's parent run stands for all of
+    its points.
     """
     from distrain.progress import show_comparison
     from distrain.tracking import compare_runs

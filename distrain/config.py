@@ -493,6 +493,12 @@ class TrackingConfig(_Section):
     every_steps: Count | None = Field(None, description="Steps averaged into one point of a metric; null: as many as "
                                       "take a hundredth of the time so far, at most half a second")  # fmt: skip
     registered_model_name: str | None = Field(None, description="Register the final model under this name")
+    system_metrics: bool = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() in ("true", "1"),
+        description="Processor, memory, disk, network and NVIDIA GPUs (with the extra gpu) of the driver's machine, "
+        "every MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL (10) seconds. Not set: as MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING "
+        "says, else false",
+    )
     enabled: bool = Field(True, description="false: no tracking at all")
 
 

@@ -39,7 +39,7 @@ class RunSeries:
         self._samples = made(Counter, "samples", "Rows trained on")
         self._step = made(Gauge, "step", "Updates applied, those before a resume included")
         self._epoch = made(Gauge, "epoch", "The epoch under way, from 0")
-        self._loss = made(Gauge, "train_loss", "Loss of the last step, the mean over its samples")
+        self._loss = made(Gauge, "train_loss", "Loss of the last step whose rows have weight, their mean")
         self._validation_loss = made(Gauge, "validation_loss", "Loss of the last validation")
         self._workers = made(Gauge, "workers", "Workers alive")
         self._failures = made(Gauge, "worker_failures", "Workers that ended before the run did")
@@ -59,7 +59,8 @@ class RunSeries:
             last = report.steps[-1]
             self._step.set(last.step)
             self._epoch.set(last.epoch)
-            self._loss.set(last.loss)
+            if weighted := [record for record in report.steps if record.weight]:  # the others have no loss
+                self._loss.set(weighted[-1].loss)
             self._workers.set(last.workers)
             self._staleness.set(last.staleness)
         if report.validations:

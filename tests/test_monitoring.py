@@ -170,3 +170,6 @@ def test_a_report_without_steps_is_no_error(monkeypatch: pytest.MonkeyPatch):
     assert told == [("distrain_worker_failures", "mine", 2)]
     series.record(Report([step(1), step(2)]), 2)
     assert [value for name, _, value in told if name == "distrain_step"] == [2]
+    told.clear()
+    series.record(Report([step(3, loss=0.5), step(4, loss=0.0, weight=0.0)]), 2)
+    assert [value for name, _, value in told if name == "distrain_train_loss"] == [0.5], "the last has no loss"

@@ -19,10 +19,11 @@ from distrain.exchange.cores import Cores
 class Doorbell:
     """An eventfd, rung by the server. Waiters see edges of it and never read it, so one ring reaches all of them.
 
-    `fds` are those of one that another process has made.
+    `fds` are those of one that another process has made. `close`, as this object's end, gives them up.
     """
 
     NUM_FDS = 2
+    fd = -1
 
     def __init__(self, fds: Sequence[int] | None = None) -> None:
         self.fd, cores = fds or (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), None)
@@ -39,8 +40,14 @@ class Doorbell:
 
     def close(self) -> None:
         """Close the file descriptors."""
-        os.close(self.fd)
-        self.cores.buffer.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.cores.buffer.close()
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class Sleeper:

@@ -14,7 +14,7 @@ _OUTCOMES = ("train/loss", "val/", "throughput/samples_per_sec", "final/", "targ
 def compare_runs(uri: str, experiment: str, references: Sequence[str]) -> list[dict[str, str]]:
     """Rows {"": what, RUN: value, ...}: the params in which the runs differ, then their last metrics.
 
-    A reference is a run's id, name or checkpoints' folder; a sweep's parent stands for its children. Raises
+    A reference is a run's id, name, checkpoints' folder or checkpoint; a sweep's parent stands for its children. Raises
     TrackingError where one is not known.
     """
     quiet_environment()

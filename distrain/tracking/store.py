@@ -231,8 +231,8 @@ class Logged:
 
 
 def read_runs(uri: str, experiment: str, references: Sequence[str]) -> list[Logged]:
-    """Runs by id, name or checkpoints' folder; a sweep's parent stands for its children, oldest first. Raises
-    TrackingError for an unknown one."""
+    """Runs by id, name, checkpoints' folder or checkpoint; a sweep's parent stands for its children, oldest first.
+    Raises TrackingError for an unknown one."""
     client = open_store(uri)
     found: list[Run] = []
     for reference in references:
@@ -249,6 +249,7 @@ def _find_run(client: MlflowClient, experiment: str, reference: str) -> Run:
         return client.get_run(reference)
     known = client.get_experiment_by_name(experiment)
     where = reference.rstrip("/") if "://" in reference else str(Path(reference).absolute())
+    where = re.sub(r"/step-\d{8,}$", "", where)  # one checkpoint of a run
     for key, value in (("tags.`distrain.checkpoints`", where), ("run_name", reference)):
         escaped = value.replace("'", "")
         runs = client.search_runs([known.experiment_id], f"{key} = '{escaped}'") if known is not None else []

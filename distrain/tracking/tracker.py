@@ -293,7 +293,13 @@ class MlflowTracker:
 
         run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._described())
         spool = Spool(self._spool_dir / f"mlflow-{run.run_id}.jsonl")
-        writer = Writer(run, self._inbox, spool, self._notify, self._description.resume_run_id is not None)
+        system = None
+        if self._settings.system_metrics:
+            from distrain.tracking.system import SystemMetrics
+
+            system = SystemMetrics(self._notify)
+        is_resumed = self._description.resume_run_id is not None
+        writer = Writer(run, self._inbox, spool, self._notify, is_resumed, system)
         self._run = run
         return writer
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from distrain.figures import loss_curve, staleness_histogram
 from distrain.tracking.inbox import Inbox, Job
 from distrain.tracking.spool import Spool
 from distrain.tracking.store import MlflowRun, first_line, is_permanent, is_refused
 from distrain.tracking.thinning import Point
+
+if TYPE_CHECKING:
+    from distrain.tracking.system import SystemMetrics
 
 _RETRY_S = 15.0  # between attempts to reach a store that went away
 _EVENTS_S = 30.0  # between writings of events.txt
@@ -19,13 +23,20 @@ _EVENTS_S = 30.0  # between writings of events.txt
 class Writer:
     """Brings one inbox into one run. Not thread-safe, and none of its methods raises for a store that is away.
 
-    `resumed`: the run has points already; those of steps that it has are not stored again.
+    `resumed`: the run has points already; those of steps that it has are not stored again. `system` watches the machine
+    beside it, if it is to.
     """
 
     def __init__(
-        self, run: MlflowRun, inbox: Inbox, spool: Spool, notify: Callable[[str], None], resumed: bool
+        self,
+        run: MlflowRun,
+        inbox: Inbox,
+        spool: Spool,
+        notify: Callable[[str], None],
+        resumed: bool,
+        system: SystemMetrics | None = None,
     ) -> None:
-        self._run, self._inbox, self._spool, self._notify = run, inbox, spool, notify
+        self._run, self._inbox, self._spool, self._notify, self._system = run, inbox, spool, notify, system
         self._jobs: list[Job] = []
         self._event_text, self._has_unwritten_events, self._events_at = "", False, 0.0
         self._refused = 0  # pushes
@@ -36,12 +47,16 @@ class Writer:
             self._spool.deliver(self._log)  # of a process before this one
             self._last_step, self._last_validation = run.last_step("train/loss"), run.last_step("val/loss")
             self._event_text = run.read_text("events.txt")
+        self._step = self._last_step  # of which there are points
 
     def deliver(self, finish: bool = False) -> None:
         """One round: points, jobs, events. With `finish` the last one, which tries even when the store was away."""
         points = self._inbox.take_points(self._last_step, self._last_validation, finish)
         self._jobs += self._inbox.take_jobs()
+        self._step = max([self._step, *(point.step for point in points)])
         points += self._take_events()
+        if self._system is not None:
+            points += self._system.take(self._step, at_once=finish)
         if self._is_away and not finish and time.monotonic() < self._retry_at:
             self._keep(points)
             return

@@ -30,8 +30,11 @@ def test_a_run_is_found_by_its_id_its_name_or_its_checkpoints_folder(
         return row["team/digits" if reference == "team/digits" else "seed=1"]
 
     found = {
-        "FINISHED": ("checkpoints/a/seed=1", "checkpoints/a/seed=1/", folders["FINISHED"], ids["FINISHED"]),
-        "KILLED": (folders["KILLED"], f"{folders['KILLED']}/", ids["KILLED"]),
+        "FINISHED": (
+            *("checkpoints/a/seed=1", "checkpoints/a/seed=1/", "checkpoints/a/seed=1/step-00000092"),
+            *(folders["FINISHED"], ids["FINISHED"]),
+        ),
+        "KILLED": (folders["KILLED"], f"{folders['KILLED']}/", f"{folders['KILLED']}/step-123456789", ids["KILLED"]),
         "FAILED": ("team/digits",),
     }
     assert {status: {status_of(each) for each in references} for status, references in found.items()} == {

@@ -52,6 +52,25 @@ def steps_of(client, uri, run_id, key="train/loss"):
     return [metric.step for metric in client(uri).get_metric_history(run_id, key)]
 
 
+def test_what_the_machine_does_is_measured_where_it_is_asked_for(store, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
+    tracker, notes = track(store, run_name=None, every_steps=1, system_metrics=True)
+    tracker.wait_ready()
+    for number in range(1, 4):
+        tracker.step(step(number))
+    time.sleep(2.5)  # the thread looks every 2 s
+    assert tracker.finish("FINISHED") and notes == []
+    metrics = client(store).get_run(tracker.run_id).data.metrics
+    assert 0 < metrics["system/system_memory_usage_percentage"] <= 100
+    assert {
+        "system/cpu_utilization_percentage",
+        "system/disk_usage_percentage",
+        "system/network_receive_megabytes",
+    } <= (metrics.keys())
+    first, last = steps_of(client, store, tracker.run_id, "system/cpu_utilization_percentage")
+    assert first <= last == 3
+
+
 def test_a_run_in_a_database(store, client, tmp_path):
     tracker, notes = track(store, run_name=None, every_steps=1)
     started = time.monotonic()
@@ -68,6 +87,7 @@ def test_a_run_in_a_database(store, client, tmp_path):
     assert tracker.wait_ready() == tracker.run_id
     assert tracker.run_name == "a-name"
     assert tracker.finish("KILLED")
+    assert not any(key.startswith("system/") for key in client(store).get_run(tracker.run_id).data.metrics)
     assert notes == []
 
     run = client(store).get_run(tracker.run_id)
