@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from distrain.server.parameter_server import ParameterServer
 from distrain.server.slice_sums import SliceSums
 
 _POLL_SECONDS = 0.25
+_ALIVE_SECONDS = 0.5  # between signs of life
 _CONNECTING_SECONDS = 0.01  # between looks at links that are being opened
 _SUMS = (Kind.OPEN, Kind.PIECE, Kind.VOID, Kind.SUM)
 _EXCHANGE = (Kind.SHARE, Kind.PUBLISH, *_SUMS)  # what is dealt with while an update waits
@@ -101,6 +103,7 @@ class Relay:
         self._tasks: list[Frame] = []  # whose parameters are not all here
         self._shared: Any = None  # payload of a SHARE
         self._waiting: deque[tuple[SocketLink, Frame | LinkError]] = deque()  # what has come
+        self._said_at = 0.0  # time.monotonic() of the last sign of life
 
     @property
     def address(self) -> Address:
@@ -138,6 +141,7 @@ class Relay:
         end go, as that of a host that is lost."""
         try:
             while True:
+                self._say_alive()
                 self._adopt_opened()
                 self._waiting.extend(self._hub.poll(_CONNECTING_SECONDS if self._to_open else _POLL_SECONDS))
                 while self._waiting:
@@ -147,6 +151,12 @@ class Relay:
                 self._hub.send(worker.link, Frame(Kind.STOP))
         finally:
             self._hub.close()
+
+    def _say_alive(self) -> None:
+        now = time.monotonic()
+        if now - self._said_at > _ALIVE_SECONDS:
+            self._said_at = now
+            self._hub.send(self._control, Frame(Kind.ALIVE, incarnation=-1))
 
     def _handle(self, link: SocketLink, what: Frame | LinkError) -> None:
         if link is self._control:

@@ -49,7 +49,7 @@ class Kind(IntEnum):
     PUSH = 7  # worker -> server: the sum over a block of places
     FAILED = 8  # worker -> server: the user's code or data failed; JSON payload
     STOP = 9  # server -> worker: the run is over
-    ALIVE = 10  # worker -> server: a long microbatch is under way
+    ALIVE = 10  # worker -> server: a long microbatch is under way; relay -> server: it is there
     CHECK = 11  # server -> worker: as TRAIN, and look at each microbatch's gradient: one of them is not finite
     SKIPPED = 12  # worker -> server: a microbatch that was left out; JSON payload
     LOOKED = 13  # worker -> server: what a microbatch's activations showed; JSON payload
@@ -188,7 +188,8 @@ class SocketLink:
     """A Link over a connected stream socket. Never blocks on sending: what the socket will not take is queued.
 
     `sink` may place payloads straight into their buffers. `shared` says that both ends are on one host, so file
-    descriptors can be handed over. `moved_at` is when bytes last came or went, as time.monotonic().
+    descriptors can be handed over. `heard_at` is when bytes last came, and `moved_at` when they last came or went, as
+    time.monotonic().
     """
 
     def __init__(self, sock: socket.socket, sink: Sink | None = None) -> None:
@@ -200,7 +201,7 @@ class SocketLink:
         self.shared = sock.family == socket.AF_UNIX
         self.sink = sink
         self.proven = True
-        self.moved_at = time.monotonic()
+        self.heard_at = self.moved_at = time.monotonic()
         self._words: deque[_Outgoing] = deque()
         self._bulk: deque[_Outgoing] = deque()
         self._under_way: _Outgoing | None = None
@@ -324,7 +325,7 @@ class SocketLink:
         """So many bytes came; none is the end of the link."""
         if count == 0:
             raise LinkError(_GONE)
-        self.moved_at = time.monotonic()
+        self.heard_at = self.moved_at = time.monotonic()
         return count
 
     def send_descriptors(self, descriptors: list[int]) -> None:

@@ -268,6 +268,11 @@ class Hosts:
                 return host.link
         return None
 
+    def quiet(self, seconds: float) -> list[SocketLink]:
+        """The relays without a slice of which nothing was heard for so long. (Whoever waits for an owner minds it.)"""
+        since = time.monotonic() - seconds
+        return [link for link, host in self._by_link.items() if host.slice is None and link.heard_at < since]
+
     def _is_silent(self, link: SocketLink, since: float) -> bool:
         """Whether nothing has moved over a link for too long, while something was waited for."""
         return time.monotonic() - max(since, link.moved_at) > self._timeout_s

@@ -30,6 +30,7 @@ from distrain.server.parameter_server import CHUNK_FLOATS, Gathered, ParameterSe
 
 _POLL_SECONDS = 0.25  # how soon a request to stop is seen while nothing arrives
 _HELP_SECONDS = 0.02  # how soon an idle worker helps one that is late
+_QUIET_SECONDS = 2.5  # without a sign of a relay, which gives two a second: it may hang
 
 GRADIENTS = (Kind.TRAIN, Kind.CHECK)  # what is answered with them
 
@@ -225,12 +226,13 @@ class Rounds:
         now = time.monotonic()
         if (overdue := self.hosts.overdue()) is not None:
             self._lose_relay(overdue, f"its sums did not come within {self._timeout_s:g} s")
+        for relay in self.hosts.quiet(max(self._timeout_s, _QUIET_SECONDS)):
+            self._lose_relay(relay, f"its host's relay was silent for {self._timeout_s:g} s")
         for member in list(self._members.values()):
+            if member.incarnation not in self._members:
+                continue  # its host was given up a moment ago
             if now > member.deadline and not self._ledger.is_idle(member.incarnation):
-                self._fence(member, f"it was silent for {self._timeout_s:g} s")
-                if (relay := self._relay_without_workers(member.host)) is not None:
-                    # It may be the relay that hangs, and a new one costs nobody anything.
-                    self._lose_relay(relay, f"all of its workers were silent for {self._timeout_s:g} s")
+                self._lose_silent(member)
             elif member.launch in self._doomed:
                 if member.slots is None and member.host is not None:
                     self._take_back(member.host)  # out of reach, perhaps, with all its node
@@ -289,16 +291,20 @@ class Rounds:
         self._hub.drop(link)
         self._tell("lost_host", f"host {host.number} was given up: {cause}", launch=host.launch)
         self._take_back(host)
+        for member in [member for member in self._fenced_elsewhere.values() if member.host is host]:
+            del self._fenced_elsewhere[member.incarnation]
         for member in [member for member in self._members.values() if member.host is host]:
             self._lose(member, cause)
         for incarnation in list(self._members):
             self._deal(self._ledger.claim(incarnation))
 
-    def _relay_without_workers(self, host: Host | None) -> SocketLink | None:
-        """The link to a host's relay, if that is there for its workers alone and has none."""
-        if host is None or host.slice is not None or any(member.host is host for member in self._members.values()):
-            return None
-        return host.link
+    def _lose_silent(self, member: Member) -> None:
+        """Give up a worker that did not answer in time, or its host's relay, if it is that which does not."""
+        cause = f"was silent for {self._timeout_s:g} s"
+        if member.link in self.hosts.quiet(_QUIET_SECONDS):
+            self._lose_relay(member.link, f"its host's relay {cause}")
+        else:
+            self._fence(member, f"it {cause}")
 
     def _take_back(self, host: Host) -> None:
         """What of a host's sums has not come is to be computed by others."""

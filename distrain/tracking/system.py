@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
+from distrain.tracking.store import first_line
 from distrain.tracking.thinning import Point
 
 _EVERY_S = 10.0  # where MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL does not say
@@ -28,6 +30,8 @@ class SystemMetrics:
         kinds: list[type[BaseMetricsMonitor]] = [CPUMonitor, DiskMonitor, NetworkMonitor]
         if shutil.which("nvidia-smi"):
             kinds.append(GPUMonitor)
+            # Else it says every time what a GPU does not measure, such as the power of one in a laptop.
+            logging.getLogger(GPUMonitor.__module__).setLevel(logging.ERROR)
         for kind in kinds:
             try:
                 monitor = kind()
@@ -60,4 +64,4 @@ class SystemMetrics:
     def _left_out(self, kind: type[BaseMetricsMonitor], error: Exception) -> None:
         hint = "; pip install 'distrain[gpu]'" if isinstance(error, ImportError) else ""
         what = kind.__name__.removesuffix("Monitor")
-        self._notify(f"no system metrics of {what}: {str(error).splitlines()[0] if str(error) else kind}{hint}")
+        self._notify(f"no system metrics of {what}: {first_line(error)}{hint}")

@@ -7,7 +7,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from distrain.config import TrackingConfig
     from distrain.tracking.store import MlflowRun
+    from distrain.tracking.system import SystemMetrics
     from distrain.tracking.writer import Writer
 
 _FLUSH_S = 2.0
@@ -291,18 +291,20 @@ class MlflowTracker:
         from distrain.tracking.store import MlflowRun
         from distrain.tracking.writer import Writer
 
-        run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._described())
+        system = self._system_metrics() if self._settings.system_metrics else None
+        run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._description)
         spool = Spool(self._spool_dir / f"mlflow-{run.run_id}.jsonl")
-        system = None
-        if self._settings.system_metrics:
-            from distrain.tracking.system import SystemMetrics
-
-            system = SystemMetrics(self._notify)
         is_resumed = self._description.resume_run_id is not None
         writer = Writer(run, self._inbox, spool, self._notify, is_resumed, system)
         self._run = run
         return writer
 
-    def _described(self) -> RunDescription:
-        name = self._settings.run_name
-        return self._description if name is None else replace(self._description, run_name=name)
+    def _system_metrics(self) -> SystemMetrics | None:
+        """What watches the machine. Whatever keeps it from that costs no point of the run."""
+        try:
+            from distrain.tracking.system import SystemMetrics
+
+            return SystemMetrics(self._notify)
+        except Exception as error:
+            self._notify(f"no system metrics: {type(error).__name__}: {error}")
+            return None

@@ -433,6 +433,77 @@ class MortalRelay(Relay):
         raise KilledWorker
 
 
+class StuckRelay(Relay):
+    """The relay of two workers hangs in the step STEP: when it gets the task, or when one of them has pushed and the
+    other one does."""
+
+    STEP = 5
+    when = ""
+    ended = threading.Event()
+    stuck = 0
+
+    def _from_server(self, frame: Frame) -> None:
+        if self.when == "asked" and frame.kind is Kind.TRAIN and frame.step == self.STEP:
+            self._hang()
+        super()._from_server(frame)
+
+    def _from_worker(self, worker: Any, frame: Frame) -> None:
+        if self.when == "pushed" and frame.kind is Kind.PUSH and frame.step == self.STEP:
+            self.pushes = getattr(self, "pushes", 0) + 1
+            if self.pushes == 2:
+                self._hang()
+        super()._from_worker(worker, frame)
+
+    def _hang(self) -> None:
+        StuckRelay.stuck += 1
+        self.ended.wait(30)
+
+
+class Slow(Worker):
+    """So slow that the run lasts until who hangs was given up."""
+
+    def handle(self, frame: Frame) -> None:
+        time.sleep(0.15)
+        super().handle(frame)
+
+
+@pytest.mark.parametrize("when", ["asked", "pushed"])
+def test_a_relay_that_hangs_is_given_up_and_holds_up_nobody(on_one_host, monkeypatch, when: str):
+    monkeypatch.setattr("distrain.server.rounds._QUIET_SECONDS", 2.0)
+    StuckRelay.when, StuckRelay.stuck, StuckRelay.ended = when, 0, threading.Event()
+    run = spread(job(num_workers=3, worker_timeout_s=3.0), [1, 2], relay_cls=StuckRelay, cls=Slow)
+    try:
+        run.outcome = run.loop.run()
+    finally:
+        StuckRelay.ended.set()
+    assert run.outcome.parameters_sha256 == on_one_host
+    report = run.reports.drain()
+    assert StuckRelay.stuck == 1 and len(report.steps) == 27
+    assert sorted(e.rank for e in report.events if e.kind == "lost") == [1, 2]
+    assert [e.kind for e in report.events].count("lost_host") == 1
+    if when == "asked":
+        assert report.steps[StuckRelay.STEP].step_s < 2.0, "others did what was late"
+
+
+def test_a_worker_that_hangs_costs_its_host_nothing(on_one_host, monkeypatch):
+    class Hanging(Slow):
+        def handle(self, frame: Frame) -> None:
+            if self.rank == 2 and frame.kind is Kind.TRAIN and frame.step == 5:
+                ended.wait(30)
+            super().handle(frame)
+
+    monkeypatch.setattr("distrain.server.rounds._QUIET_SECONDS", 2.0)
+    ended = threading.Event()
+    run = spread(job(num_workers=3, worker_timeout_s=3.0), [1, 2], cls=Hanging)
+    try:
+        assert finish(run) == on_one_host
+    finally:
+        ended.set()
+    report = run.reports.drain()
+    assert [(e.kind, e.rank) for e in report.events if e.kind.startswith("lost")] == [("lost", 2)]
+    assert report.steps[-1].workers == 2, "the other one behind the relay works on"
+
+
 class _Nowhere:
     """A link that takes everything and delivers nothing."""
 

@@ -17,7 +17,12 @@ def notes() -> list[str]:
     return []
 
 
-def test_a_point_of_each_metric_when_it_is_time(notes, monkeypatch):
+@pytest.fixture
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system.shutil, "which", lambda name: None)
+
+
+def test_a_point_of_each_metric_when_it_is_time(notes, no_gpus, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "3600")
     metrics = SystemMetrics(notes.append)
     assert metrics.take(7) == []
@@ -29,7 +34,7 @@ def test_a_point_of_each_metric_when_it_is_time(notes, monkeypatch):
     assert [point.key for point in again] == [point.key for point in points]
 
 
-def test_a_monitor_that_does_not_work_here_is_named_and_costs_no_other(notes, monkeypatch):
+def test_a_monitor_that_does_not_work_here_is_named_and_costs_no_other(notes, no_gpus, monkeypatch):
     def fail(monitor: object) -> None:
         raise OSError("no /proc/net/dev")
 
