@@ -146,6 +146,7 @@ class Relay:
                 self._waiting.extend(self._hub.poll(_CONNECTING_SECONDS if self._to_open else _POLL_SECONDS))
                 while self._waiting:
                     self._handle(*self._waiting.popleft())
+                    self._say_alive()
         except _Over:
             for worker in self._workers.values():
                 self._hub.send(worker.link, Frame(Kind.STOP))

@@ -188,8 +188,8 @@ class SocketLink:
     """A Link over a connected stream socket. Never blocks on sending: what the socket will not take is queued.
 
     `sink` may place payloads straight into their buffers. `shared` says that both ends are on one host, so file
-    descriptors can be handed over. `heard_at` is when bytes last came, and `moved_at` when they last came or went, as
-    time.monotonic().
+    descriptors can be handed over. `heard_at` is when bytes last came, and `moved_at` when they last came or went, but
+    for mere signs of life; both as time.monotonic().
     """
 
     def __init__(self, sock: socket.socket, sink: Sink | None = None) -> None:
@@ -302,6 +302,8 @@ class SocketLink:
                 return None
             self._header_filled = 0
             frame, num_bytes = _unpack(self._header)
+            if frame.kind is not Kind.ALIVE:
+                self.moved_at = self.heard_at
             if not self.proven and num_bytes > _MAX_UNPROVEN_BYTES:
                 raise LinkError(f"a peer that has not proved itself announced {num_bytes} bytes")
             if num_bytes == 0:
@@ -315,6 +317,7 @@ class SocketLink:
         end = min(len(self._payload), self._payload_filled + _RECEIVE_CHUNK)
         count = self._socket.recv_into(self._payload[self._payload_filled : end])
         self._payload_filled += self._came(count)
+        self.moved_at = self.heard_at
         if self._payload_filled < len(self._payload):
             return None
         frame, self._frame = self._frame, None
@@ -325,7 +328,7 @@ class SocketLink:
         """So many bytes came; none is the end of the link."""
         if count == 0:
             raise LinkError(_GONE)
-        self.heard_at = self.moved_at = time.monotonic()
+        self.heard_at = time.monotonic()
         return count
 
     def send_descriptors(self, descriptors: list[int]) -> None:

@@ -90,6 +90,7 @@ class Hosts:
         self.slice_sums = SliceSums(server, is_ahead=num_slices > 1)
         self._counted: dict[int, list[Key]] = {}  # by round: sums
         self._early: dict[int, list[tuple[int, Host, Frame]]] = {}  # by round: (slice, host, sum) ahead of its pushes
+        self._looked_at = 0.0  # time.monotonic() when what had come was last taken
         self._step = 0
         self._averaged_at = -1  # the update after which the other slices' averages were brought here
         self._restored: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
@@ -115,6 +116,7 @@ class Hosts:
         """What has come, like Hub.poll."""
         waiting = list(self._stash)
         self._stash.clear()
+        self._looked_at = time.monotonic()
         return waiting + self._hub.poll(0.0 if waiting else timeout_s)
 
     # Relays come and go
@@ -269,8 +271,9 @@ class Hosts:
         return None
 
     def quiet(self, seconds: float) -> list[SocketLink]:
-        """The relays without a slice of which nothing was heard for so long. (Whoever waits for an owner minds it.)"""
-        since = time.monotonic() - seconds
+        """The relays without a slice of which nothing had come for so long when links were last looked at. (Whoever waits
+        for an owner minds it.)"""
+        since = self._looked_at - seconds
         return [link for link, host in self._by_link.items() if host.slice is None and link.heard_at < since]
 
     def _is_silent(self, link: SocketLink, since: float) -> bool:

@@ -226,8 +226,8 @@ class Rounds:
         now = time.monotonic()
         if (overdue := self.hosts.overdue()) is not None:
             self._lose_relay(overdue, f"its sums did not come within {self._timeout_s:g} s")
-        for relay in self.hosts.quiet(max(self._timeout_s, _QUIET_SECONDS)):
-            self._lose_relay(relay, f"its host's relay was silent for {self._timeout_s:g} s")
+        for relay in self.hosts.quiet(quiet_s := max(self._timeout_s, _QUIET_SECONDS)):
+            self._lose_relay(relay, f"its host's relay was silent for {quiet_s:g} s")
         for member in list(self._members.values()):
             if member.incarnation not in self._members:
                 continue  # its host was given up a moment ago
@@ -299,11 +299,12 @@ class Rounds:
             self._deal(self._ledger.claim(incarnation))
 
     def _lose_silent(self, member: Member) -> None:
-        """Give up a worker that did not answer in time, or its host's relay, if it is that which does not."""
+        """Give up a worker that did not answer in time, or its host's relay, if it is that which does not. Where that
+        cannot be told yet, it will be soon."""
         cause = f"was silent for {self._timeout_s:g} s"
         if member.link in self.hosts.quiet(_QUIET_SECONDS):
             self._lose_relay(member.link, f"its host's relay {cause}")
-        else:
+        elif member.link not in self.hosts.quiet(_QUIET_SECONDS / 2):
             self._fence(member, f"it {cause}")
 
     def _take_back(self, host: Host) -> None:

@@ -35,7 +35,7 @@ class RunDescription:
     params: Mapping[str, object] = field(default_factory=dict)  # flat: dotted key -> value
     tags: Mapping[str, str] = field(default_factory=dict)
     datasets: tuple[DatasetDescription, ...] = ()
-    run_name: str | None = None  # where the settings name none; MLflow makes one up where this is None too
+    run_name: str | None = None  # None: MLflow makes one up
     resume_run_id: str | None = None
 
 

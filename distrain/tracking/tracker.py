@@ -291,9 +291,9 @@ class MlflowTracker:
         from distrain.tracking.store import MlflowRun
         from distrain.tracking.writer import Writer
 
-        system = self._system_metrics() if self._settings.system_metrics else None
         run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._description)
         spool = Spool(self._spool_dir / f"mlflow-{run.run_id}.jsonl")
+        system = self._system_metrics() if self._settings.system_metrics else None
         is_resumed = self._description.resume_run_id is not None
         writer = Writer(run, self._inbox, spool, self._notify, is_resumed, system)
         self._run = run

@@ -247,6 +247,18 @@ def test_a_link_knows_when_bytes_last_came_or_went():
     b.close()
 
 
+def test_a_sign_of_life_is_heard_and_is_no_movement():
+    a, b = socket_pair("tcp")
+    began = time.monotonic()
+    for kind, has_moved in ((Kind.ALIVE, False), (Kind.PUSH, True)):
+        b.heard_at = b.moved_at = began - 100.0
+        a.send(Frame(kind))
+        assert b.receive(5.0).kind is kind
+        assert b.heard_at > began and (b.moved_at > began) is has_moved
+    a.close()
+    b.close()
+
+
 def test_a_frame_without_json_says_so():
     with pytest.raises(LinkError, match="without readable JSON"):
         Frame(Kind.HELLO, payload=b"{").json()
