@@ -271,8 +271,8 @@ class Hosts:
         return None
 
     def quiet(self, seconds: float) -> list[SocketLink]:
-        """The relays without a slice of which nothing had come for so long when links were last looked at. (Whoever waits
-        for an owner minds it.)"""
+        """The relays without a slice of which nothing had come for so long when links were last looked at. (Owners are
+        minded by whoever waits for them.)"""
         since = self._looked_at - seconds
         return [link for link, host in self._by_link.items() if host.slice is None and link.heard_at < since]
 
