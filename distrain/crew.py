@@ -36,9 +36,9 @@ _BEFORE_THE_END_S = 5.0  # a worker for which no other room was found leaves its
 MOVING = "moving to another node"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Relay:
-    """A node's relay, and its calls under way."""
+    """A node's relay, and its calls under way. `is_lost`: the server has given it up."""
 
     launch: int
     node: str
@@ -46,6 +46,7 @@ class _Relay:
     actor: Any
     ready: Any
     running: Any
+    is_lost: bool = False
 
 
 class Crew:
@@ -71,7 +72,6 @@ class Crew:
         self._relays: list[_Relay] = []
         self._workers: dict[int, Any] = {}  # by launch
         self._launches = 0  # of workers and relays
-        self._useless: set[int] = set()  # relays, by launch, that the server has given up
         self._num_reports = self._num_snapshots = 0  # had from the server
         self._worker_calls: dict[Any, tuple[int, int]] = {}  # the call under way on each worker -> (rank, launch)
         self._told: dict[Any, tuple[int, str]] = {}  # the server's answer to a worker's end -> (rank, cause)
@@ -176,11 +176,11 @@ class Crew:
 
     def _end(self, launch: int) -> None:
         """End a worker or relay that the server has given up: it may only hang."""
-        relays = {relay.launch: relay.actor for relay in self._relays}
-        if launch in relays:
-            self._useless.add(launch)
-        if (actor := {**self._workers, **relays}.get(launch)) is not None:
-            ray.kill(actor)
+        if launch in self._workers:
+            ray.kill(self._workers[launch])
+        for relay in [relay for relay in self._relays if relay.launch == launch]:
+            relay.is_lost = True  # its calls may end a while later
+            ray.kill(relay.actor)
 
     def _next_launch(self) -> int:
         self._launches += 1
@@ -254,7 +254,6 @@ class Crew:
         for actor in [self._server, *relays, *self._workers.values(), *self._spares.values()]:
             ray.kill(actor)
         self._relays.clear()
-        self._useless.clear()
         self._spares.clear()
         self._losing.clear()
         self._joining.clear()
@@ -287,7 +286,6 @@ class Crew:
         by its link: it may never have come to join."""
         for relay in [relay for relay in self._relays if ray.wait([relay.running], timeout=0)[0]]:
             self._relays.remove(relay)
-            self._useless.discard(relay.launch)
             try:
                 ray.get([relay.ready, relay.running])  # why it could not begin comes first
             except (RayError, DistrainError) as error:
@@ -301,8 +299,8 @@ class Crew:
         if node in ("", self._placement.server_node) or self._update.loop.asynchronous:
             return None
         self._forget_ended_relays()
-        usable = [relay for relay in self._relays if relay.node == node and relay.launch not in self._useless]
-        return usable[0] if usable else self._start_relay(node)
+        there = (relay for relay in self._relays if relay.node == node and not relay.is_lost)
+        return next(there, None) or self._start_relay(node)
 
     def _start_worker(self, rank: int) -> None:
         """Start a worker in its room, or as soon as Ray has found other room where that was lost with its node. A spare

@@ -26,8 +26,9 @@ class Doorbell:
     fd = -1
 
     def __init__(self, fds: Sequence[int] | None = None) -> None:
-        self.fd, cores = fds or (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), None)
+        fd, cores = fds or (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), None)
         self.cores = Cores(cores)
+        self.fd = fd
 
     @property
     def fds(self) -> list[int]:
@@ -46,8 +47,7 @@ class Doorbell:
             self.cores.buffer.close()
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        self.close()
 
 
 class Sleeper:
