@@ -25,8 +25,9 @@ class RunSeries:
     """The series of one run, each with the tag `run`, the run's name.
 
     The driver records what the server reported, a few times a second: no step waits for it. Ray sends the values to its
-    node's agent every RAY_metrics_report_interval_ms (10 s). Counters and the histogram start at this process's start:
-    a resumed run counts from zero again, as Prometheus expects of a process that was started anew.
+    node's agent every RAY_metrics_report_interval_ms (10 s) of the driver's environment. Counters and the histogram
+    start at this process's start: a resumed run counts from zero again, as Prometheus expects of a process that was
+    started anew.
     """
 
     def __init__(self, run: str) -> None:

@@ -26,6 +26,7 @@ MONITORING = Path(__file__).parents[1] / "cluster/monitoring"
 DASHBOARD = json.loads((MONITORING / "distrain.json").read_text())
 RUN = "watched"
 ROWS, EPOCHS, STEPS = 300, 150, 1500  # 32 rows a step; long enough to be seen several times
+_OFTEN = {"RAY_metrics_report_interval_ms": "200"}  # of the node and of the driver, which has an interval of its own
 
 
 def expressions() -> list[str]:
@@ -69,11 +70,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     seen: dict[str, list[Any]] = {}
     answers: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as open_ones:
-        head = open_ones.enter_context(ray_head(RAY_metrics_report_interval_ms="200"))
+        head = open_ones.enter_context(ray_head(**_OFTEN))
         if shutil.which("prometheus"):
             server = open_ones.enter_context(prometheus(head.metrics.split("/")[2], folder))
         began = time.time()
-        training = start("train", str(job), "--json", cwd=folder, RAY_ADDRESS=head.address, RAY_AUTH_MODE="disabled")
+        where = {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "disabled"}
+        training = start("train", str(job), "--json", cwd=folder, **where, **_OFTEN)
         while training.poll() is None:
             seen |= scrape(head)
             time.sleep(0.1)
