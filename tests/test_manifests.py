@@ -135,6 +135,22 @@ def test_ray_pods_are_confined_and_told_what_they_need(name: str, kind: str):
         assert shm["sizeLimit"] == "1Gi" and int(group["rayStartParams"]["object-store-memory"]) <= 2**29
 
 
+def test_what_kuberay_adds_to_pods_is_confined_too():
+    for name in ("raycluster", "rayjob"):
+        [ray] = [d for d in documents(CLUSTER / f"kubernetes/{name}.yaml") if d["apiVersion"].startswith("ray.io/")]
+        autoscaler = cluster_spec(ray)["autoscalerOptions"]["securityContext"]
+        assert not autoscaler["allowPrivilegeEscalation"] and autoscaler["capabilities"]["drop"] == ["ALL"]
+    template = ray["spec"]["submitterPodTemplate"]
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    [container] = template["spec"]["containers"]
+    assert "command" not in container and template["spec"]["restartPolicy"] == "Never", "KubeRay fills in the rest"
+    assert (
+        template["spec"]["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+    )
+    assert container["image"] == templates(ray)[0]["spec"]["containers"][0]["image"]
+
+
 def waits_for_machines(environment: dict[str, str]) -> bool:
     """Whether a driver with this environment has the autoscaler add machines before it gives up."""
     with pytest.MonkeyPatch.context() as patch:

@@ -55,8 +55,10 @@ def job_id_of(stderr: str) -> str:
 
 def test_profiles_are_understood(cluster: ComposeCluster):
     profiles = [word for name in ("gpu", "postgres", "monitoring") for word in ("--profile", name)]
-    services = cluster.compose(*profiles, "config", "--services").split()
-    assert {"ray-worker-gpu", "postgres", "prometheus", "grafana"} < set(services)
+    services = yaml.safe_load(cluster.compose(*profiles, "config"))["services"]
+    assert {"ray-worker-gpu", "postgres", "prometheus", "grafana"} < services.keys()
+    for service in services.values():
+        assert service["healthcheck"]["test"] and service["read_only"] and service["cap_drop"] == ["ALL"]
     assert yaml.safe_load(cluster.compose("config"))["services"]["ray-worker"]["scale"] == 2
 
 
