@@ -246,13 +246,13 @@ class SocketLink:
                 if self._under_way is None:
                     self._under_way = (self._words or self._bulk).popleft()
                 rest = self._under_way.rest
-                sent = self._socket.send(rest[0])
+                sent = self._socket.sendmsg(rest)
                 self.moved_at = time.monotonic()
-                if sent < len(rest[0]):
+                while rest and sent >= len(rest[0]):
+                    sent -= len(rest.pop(0))
+                if rest:
                     rest[0] = rest[0][sent:]
-                    continue
-                del rest[0]
-                if not rest:
+                else:
                     self._under_way.done()
                     self._under_way = None
         except BlockingIOError:
