@@ -46,6 +46,9 @@ _CHUNK_BYTES = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
 
+_Measure = tuple[str | None, dict[str, Any]]
+"""What a checkpoint's validation metrics are of: the rows, by their fingerprint, and the loss."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -67,7 +70,7 @@ class Checkpoint:
     path: Place
     manifest: dict[str, Any]
     model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # its state, and what else is kept beside the model
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class CheckpointStore:
             if self.directory.is_dir():
                 self._keeper.remove_leftovers(self.directory)
             self._keeper.write_folder(path, files)
-            self._prune(newest=path)
+            self._prune(path, _measure(manifest))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
         return path
@@ -160,8 +163,9 @@ class CheckpointStore:
         """How many there are, damaged ones too."""
         return len(_checkpoints(self.directory))
 
-    def _prune(self, newest: Place) -> None:
-        """Mark the best checkpoint, remove all but it, the last `keep` and `newest`, which was just written."""
+    def _prune(self, newest: Place, measure: _Measure) -> None:
+        """Mark the best checkpoint, remove all but it, the last `keep` and `newest`, which was just written. `measure`
+        is that of the newest: others do not compare with it."""
         readable = {}
         for path in _checkpoints(self.directory):
             try:
@@ -169,14 +173,19 @@ class CheckpointStore:
             except CheckpointError:
                 continue  # a damaged one neither counts as kept nor is removed: a person may want to look at it
         kept = {newest, *list(readable)[: self.keep]}
-        values = {path: manifest["metrics"].get(self.metric, math.nan) for path, manifest in readable.items()}
-        values = {path: value for path, value in values.items() if math.isfinite(value)}
+        values = {
+            path: value
+            for path, manifest in readable.items()
+            if math.isfinite(value := manifest["metrics"].get(self.metric, math.nan)) and _measure(manifest) == measure
+        }
         if values:
             better = max if self.higher_is_better else min
             best = better(reversed(values), key=values.__getitem__)  # the oldest of equal ones
             marker = {"checkpoint": best.name, "metric": self.metric, "value": values[best]}
             self._keeper.write_file(self.directory / BEST, json.dumps(marker).encode())
             kept.add(best)
+        elif (marked := _marked(self.directory)) is not None:
+            kept.add(marked)  # until another one is validated
         for path in readable:
             if path not in kept:
                 self._keeper.remove_folder(path)
@@ -191,10 +200,9 @@ def find(reference: str | Place, root: str | Place = "checkpoints") -> Found:
     named is damaged, or all of the run's are.
     """
     root = place(root)
-    for path in candidates(reference, root):
-        if path.name == "best" and path.parent.is_dir() and not path.is_dir():
-            return _best(path.parent)
-        if path.is_dir():
+    folders = [path for path in candidates(reference, root) if path.is_dir() or _means_best(path)]
+    for path in folders:
+        if _holds_any(path):
             return _in_folder(path)
     runs = _runs_and_points(root)
     called = [run for run in runs if str(reference) in _names(run)]
@@ -202,6 +210,8 @@ def find(reference: str | Place, root: str | Place = "checkpoints") -> Found:
         raise CheckpointError(f"{reference}: several runs are called so, name one: {', '.join(map(str, called))}")
     if called:
         return newest_valid(called[0])
+    if folders:
+        return _in_folder(folders[0])  # which says what is not in it
     names = [run.name if run.parent == root else f"{run.parent.name}/{run.name}" for run in runs]
     near = get_close_matches(str(reference).removeprefix(f"{root}/"), names, n=1, cutoff=0.5)
     hint = f"; did you mean {root / near[0]}?" if near else f"; runs there: {', '.join(names[:10])}" if names else ""
@@ -366,12 +376,13 @@ def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[s
 
     The epoch under way begins again. Where the learning rate has to do with it, the optimizer's options and the
     schedule are the configuration's, the schedule as after the updates done so far, and not those in the state. Moments
-    that may not fit begin anew, and so does the best validation where others are not to be compared with it. Returns
-    what else a person should know, a line each.
+    that may not fit begin anew, and so does the best validation where others are not to be compared with it. A run that
+    its stopping rules ended trains on. Returns what else a person should know, a line each.
     """
     state, before, told = manifest["state"], manifest["config"], []
     state["agenda"] = {"epoch": manifest["epoch"]}
     state.pop("epoch_loss", None)
+    state["stopping"].pop("ended", None)
     if any(key == "data.validation" or key.startswith("loss.") for key in changed):
         state["stopping"] = {**state["stopping"], "top": None, "best": None, "stale": 0}
     rows = "data.train" if before["batch_size"] == "full" else "batch_size"
@@ -392,12 +403,37 @@ def follow_changes(manifest: dict[str, Any], changed: Collection[str]) -> list[s
     return told
 
 
-def _best(run: Place) -> Found:
+def _measure(manifest: Mapping[str, Any]) -> _Measure:
+    return manifest.get("data", {}).get("validation"), _flat({"loss": manifest.get("config", {}).get("loss")})
+
+
+def _marked(run: Place) -> Place | None:
+    """The checkpoint that is marked as a run's best, if one is."""
     try:
-        name = json.loads((run / BEST).read_bytes())["checkpoint"]
-        path = run / str(name).rpartition("/")[2]
+        return run / str(json.loads((run / BEST).read_bytes())["checkpoint"]).rpartition("/")[2]
     except (OSError, ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{run}: no best checkpoint is marked in it, since no validation was done") from None
+        return None
+
+
+def _means_best(path: Place) -> bool:
+    return path.name == "best" and path.parent.is_dir() and not path.is_dir()
+
+
+def _holds_any(path: Place) -> bool:
+    """Whether a folder that a person may mean is a checkpoint, or holds some, of one run or several."""
+    if _means_best(path):
+        return bool(_checkpoints(path.parent))
+    return _is_checkpoint(path) or bool(_checkpoints(path) or _runs(path))
+
+
+def _is_checkpoint(path: Place) -> bool:
+    return (path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None
+
+
+def _best(run: Place) -> Found:
+    path = _marked(run)
+    if path is None:
+        raise CheckpointError(f"{run}: no best checkpoint is marked in it, since no validation was done")
     verify(path)
     return Found(path)
 
@@ -410,17 +446,15 @@ def _listed(path: Place) -> Listed:
         manifest = verify(path)
     except CheckpointError as error:
         return Listed(path, step, size, problem=error.message)
-    try:
-        best = json.loads((path.parent / BEST).read_bytes())["checkpoint"]
-    except (OSError, ValueError, TypeError, KeyError):
-        best = None
     epoch, created, metrics = manifest["epoch"], manifest["created"], manifest["metrics"]
-    return Listed(path, step, size, epoch, created, metrics, best == path.name)
+    return Listed(path, step, size, epoch, created, metrics, _marked(path.parent) == path)
 
 
 def _in_folder(path: Place) -> Found:
-    """The checkpoint meant by a folder: itself, a run's newest, or that of the only run in it."""
-    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
+    """The checkpoint meant by a folder: itself, a run's newest or best, or that of the only run in it."""
+    if _means_best(path):
+        return _best(path.parent)
+    if _is_checkpoint(path):
         try:
             verify(path)
         except CheckpointError as error:

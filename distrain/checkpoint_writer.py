@@ -18,7 +18,7 @@ class CheckpointWriter:
     """Fetches snapshots with `take` (None: none waiting) whenever it is woken, and writes them in order.
 
     What fails does not end the run: `failed` is told, with the step where that is known, and the next one is tried. It
-    ends when the server is lost. `fields` gives the manifest's fields for a snapshot.
+    ends when the server is `lost`. `fields` gives the manifest's fields for a snapshot.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class CheckpointWriter:
         self._woken = threading.Event()
         self._closing = False
         self.last_error: CheckpointError | None = None
+        self.lost: ServerLost | None = None
         self._thread = threading.Thread(target=self._run, name="distrain-checkpoints", daemon=True)
         self._thread.start()
 
@@ -58,7 +59,8 @@ class CheckpointWriter:
             try:
                 while (snapshot := self._take()) is not None:
                     self._write(snapshot)
-            except ServerLost:  # whoever supervises it will say so
+            except ServerLost as lost:  # whoever supervises it will say so
+                self.lost = lost
                 return
             except Exception as error:
                 said = error.message if isinstance(error, DistrainError) else f"{type(error).__name__}: {error}"

@@ -7,20 +7,23 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from distrain import __version__
-from distrain.errors import ConfigError, DistrainError
+from distrain.errors import ConfigError, DistrainError, Interrupted
+from distrain.jsonable import jsonable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distrain.config import TrainConfig
+    from distrain.config import OptimizerConfig, ScheduleConfig, TrainConfig
     from distrain.jobs import Jobs
     from distrain.study.record import Study
+    from distrain.trainer import Trainer
 
 _BEGAN = time.time()
 
@@ -99,7 +102,7 @@ def train(config: Path, overrides: tuple[str, ...], folder: Path | None, as_json
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer(loaded, make_progress(), began=_BEGAN).fit().to_json(), as_json)
+    _fit(Trainer(loaded, make_progress(), began=_BEGAN), as_json)
 
 
 @main.command()
@@ -117,7 +120,7 @@ def resume(run: str, overrides: tuple[str, ...], root: str, anyway: bool, as_jso
     from distrain.progress import make_progress
     from distrain.trainer import Trainer
 
-    _print_result(Trainer.resume(run, overrides, make_progress(), root, _BEGAN, anyway).fit().to_json(), as_json)
+    _fit(Trainer.resume(run, overrides, make_progress(), root, _BEGAN, anyway), as_json)
 
 
 @main.command()
@@ -149,7 +152,7 @@ def plan(config: Path, overrides: tuple[str, ...], workers: tuple[int, ...], swe
         forecasts = forecast(study.points, workers, found.batch_size, loaded.shards, found.steps_per_epoch)
     if as_json:
         predicted = {"forecasts": [asdict(each) for each in forecasts]} if forecasts else {}
-        click.echo(json.dumps({**found.to_json(), **predicted}))
+        _print_json({**found.to_json(), **predicted})
         return
     show_plan(found)
     if forecasts:
@@ -188,7 +191,7 @@ def evaluate(checkpoint: str, data: str | None, batch_size: int | None, root: st
 
     metrics = measure(checkpoint, data, batch_size, root)
     if as_json:
-        click.echo(json.dumps(metrics))
+        _print_json(metrics)
     else:
         for name, value in metrics.items():
             click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
@@ -233,7 +236,7 @@ def checkpoints(folder: str, keep: int | None, as_json: bool) -> None:
             click.echo(f"removed {path}", err=True)
     listed = survey(folder)
     if as_json:
-        click.echo(json.dumps([entry.to_json() for entry in listed]))
+        _print_json([entry.to_json() for entry in listed])
     else:
         show_checkpoints(listed)
     if any(entry.problem is not None for entry in listed):
@@ -282,7 +285,7 @@ def sweep(
     running = Sweep(loaded, name, SweepLines(), num_parallel)
     study, report = running.run()
     if as_json:
-        click.echo(json.dumps(study.to_mapping()))
+        _print_json(study.to_mapping())
     else:
         _print_study(study, report.words, running.folder)
 
@@ -325,7 +328,7 @@ def check_gradients(config: Path, overrides: tuple[str, ...], as_json: bool) -> 
 
     found = check(loaded)
     if as_json:
-        click.echo(json.dumps({"parameters": [each.to_json() for each in found]}))
+        _print_json({"parameters": [each.to_json() for each in found]})
     else:
         show_gradients(found)
     if any(each.verdict == WRONG for each in found):
@@ -355,7 +358,10 @@ def graph(
         from distrain.tracking.pictures import log_figure
 
         log_figure(loaded.tracking.uri, run_id, f"graph{output.suffix}", figure)
-    click.echo(json.dumps(found.to_json()) if as_json else output)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(output)
 
 
 @main.command()
@@ -392,7 +398,10 @@ def landscape(
             log_figure(found.tracking_uri, found.mlflow_run_id, f"landscape{output.suffix}", figure)
         except TrackingError as error:
             click.echo(error.message, err=True)
-    click.echo(json.dumps(found.to_json()) if as_json else output)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        click.echo(output)
 
 
 @main.command()
@@ -421,16 +430,18 @@ def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: 
     """Train as a job on a Ray cluster, and follow it. Ends with the job's own exit code.
 
     The current folder travels along (without Parquet files and checkpoints), so that CONFIG and your modules are there.
+    A name that a job trains under is refused.
     """
     if name is not None:
         from distrain.config_file import setting
 
         overrides += (setting("tracking.run_name", name), "resume=auto")
-    _load(config, overrides)  # what is wrong with it is better said here than by the job
+    loaded = _load(config, overrides)  # what is wrong with it is better said here than by the job
     from distrain.jobs import Jobs
 
     jobs = Jobs(address)
-    job_id = jobs.submit(config, overrides)
+    goes_on = loaded.resume == "auto" or loaded.restarts is not None
+    job_id = jobs.submit(config, overrides, loaded.tracking.run_name if goes_on else None)
     if no_wait:
         click.echo(job_id)
         return
@@ -452,7 +463,7 @@ def status(job: str, address: str | None) -> None:
 
 @main.command()
 @click.argument("job", metavar="JOB")
-@click.option("--follow", is_flag=True, help="Go on to the job's end, and end with its exit code.")
+@click.option("--follow", "-f", is_flag=True, help="Go on to the job's end, and end with its exit code.")
 @_ADDRESS
 def logs(job: str, follow: bool, address: str | None) -> None:
     """Print what a submitted JOB has said."""
@@ -469,10 +480,18 @@ def logs(job: str, follow: bool, address: str | None) -> None:
 @click.argument("job", metavar="JOB")
 @_ADDRESS
 def stop(job: str, address: str | None) -> None:
-    """Stop a submitted JOB: it finishes its step and writes a checkpoint first."""
+    """Stop a submitted JOB: it finishes its step and writes a checkpoint first.
+
+    Waits for its end, and prints how it ended. Ctrl-C ends the waiting, and the job none the less.
+    """
     from distrain.jobs import Jobs
 
-    click.echo("stopping" if Jobs(address).stop(job) else "had ended already")
+    jobs = Jobs(address)
+    if not jobs.stop(job):
+        click.echo("had ended already")
+        return
+    click.echo("stopping: it finishes its step and writes a checkpoint", err=True)
+    click.echo(jobs.wait_until_stopped(job).status.lower())
 
 
 @main.command()
@@ -498,7 +517,7 @@ def doctor(config: Path | None, overrides: tuple[str, ...], address: str | None,
         if not as_json:
             show_finding(finding)
     if as_json:
-        click.echo(json.dumps({"findings": [finding.to_json() for finding in findings]}))
+        _print_json({"findings": [finding.to_json() for finding in findings]})
     raise click.exceptions.Exit(next((finding.exit_code for finding in findings if finding.exit_code), 0))
 
 
@@ -517,12 +536,11 @@ def ui(config: Path | None, host: str, port: int) -> None:
 
 def _follow(jobs: Jobs, job_id: str) -> None:
     """Print a job's log to its end, and exit with its code."""
-    from distrain.jobs import exit_code, has_ended
+    from distrain.jobs import exit_code, failure
 
-    for text in jobs.follow(job_id):
-        click.echo(text, nl=False)
-    while not has_ended(state := jobs.state(job_id)):
-        time.sleep(0.2)
+    state = jobs.follow(job_id, partial(click.echo, nl=False), partial(click.echo, err=True))
+    if (why := failure(state)) is not None:
+        click.echo(f"error: job {job_id} failed: {why}; more is in: distrain status {job_id}", err=True)
     raise click.exceptions.Exit(exit_code(state))
 
 
@@ -549,21 +567,36 @@ def _load(path: Path, overrides: tuple[str, ...]) -> TrainConfig:
     return load_config(path, overrides, _check_torch_names)
 
 
-def _check_torch_names(config: TrainConfig) -> list[tuple[str, str]]:
+def _check_torch_names(optimizer: OptimizerConfig | None, schedule: ScheduleConfig | None) -> list[tuple[str, str]]:
     """What only torch knows: optimizers, schedules and their keywords. Not asked for the plain ones, since it takes
     torch seconds to load."""
-    plain = config.optimizer.name in ("SGD", "Adam", "AdamW") and not config.optimizer.options
-    if plain and config.schedule is None:
+    plain = optimizer is None or (optimizer.name in ("SGD", "Adam", "AdamW") and not optimizer.options)
+    if plain and schedule is None:
         return []
-    from distrain.learning.optimizers import check_optimizer
-    from distrain.learning.schedules import check_schedule
+    from distrain.learning.schedules import check_optimization
 
-    return check_optimizer(config.optimizer) + check_schedule(config.schedule)
+    return check_optimization(optimizer, schedule)
+
+
+def _fit(trainer: Trainer, as_json: bool) -> None:
+    """Train, and print the result; that of a run that a signal stopped too."""
+    try:
+        result = trainer.fit()
+    except Interrupted as stopped:
+        if stopped.result is not None:
+            _print_result(stopped.result.to_json(), as_json)
+        raise
+    _print_result(result.to_json(), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(result))
+        _print_json(result)
+
+
+def _print_json(value: Any) -> None:
+    """Print one line of JSON."""
+    click.echo(json.dumps(jsonable(value), allow_nan=False))
 
 
 if __name__ == "__main__":

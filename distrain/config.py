@@ -10,9 +10,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -21,6 +21,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from distrain import config_file
 from distrain.credentials import HIDDEN, redacted
 from distrain.errors import ConfigError
+
+S = TypeVar("S", bound=BaseModel)
 
 _REFERENCE = re.compile(r"[\w.]+:\w+")
 _FULL_FORWARD_ROWS = 4096  # of a forward pass of a full batch: enough for speed, little memory
@@ -116,7 +118,7 @@ class _OpenSection(_NamedSection):
 
 
 def _numbers(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # a tuple: from Python
         return [_numbers(item) for item in value]
     return value if isinstance(value, bool) else _number(value)
 
@@ -344,6 +346,11 @@ class ScheduleConfig(_OpenSection):
     def own_rate(self) -> str | None:
         """The keyword by which the schedule goes in place of optimizer.lr; None where it goes by that."""
         return {"OneCycleLR": "max_lr", "CyclicLR": "base_lr"}.get(self.name or "")
+
+
+Check = Callable[[OptimizerConfig | None, ScheduleConfig | None], list[tuple[str, str]]]
+"""Says what is wrong with an optimizer and a schedule beyond their form: (dotted key, what). None: there is none, or
+its form is wrong already."""
 
 
 class GradientNoiseConfig(_Section):
@@ -621,19 +628,19 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        is_free = self.server.mode == "async" or self.server.quorum is not None
-        if is_free and self.batch_size != "full" and self.resolved_shards > self.batch_size:
-            raise ValueError(
-                f"batch_size is {self.batch_size} and there are {self.resolved_shards} shards: with server.mode: async "
-                "or server.quorum a step needs a row for each (raise batch_size, or lower shards or workers.count)"
-            )
-        self._check_server()
-        if self.workers.max is not None and self.workers.max < self.workers.count:
-            raise ValueError(f"workers.max is {self.workers.max}, less than workers.count, {self.workers.count}")
-        if self.workers.min > self.workers.count:
-            raise ValueError(f"workers.min is {self.workers.min}, more than workers.count, {self.workers.count}")
-        if self.workers.gpu_count is not None and not self.workers.gpus:
-            raise ValueError(f"workers.gpu_count is {self.workers.gpu_count}, and workers.gpus is 0: give them a share")
+        if problems := [*self._unfit_run(), *self._unfit_server(), *self._unfit_data()]:
+            raise config_file.Unfit(problems)
+        return self
+
+    def _unfit_run(self) -> Iterator[tuple[str, str]]:
+        """What does not go together of workers, validation, optimizer and tracking: (key, what)."""
+        workers = self.workers
+        if workers.max is not None and workers.max < workers.count:
+            yield "workers.max", f"{workers.max} is less than workers.count, {workers.count}"
+        if workers.min > workers.count:
+            yield "workers.min", f"{workers.min} is more than workers.count, {workers.count}"
+        if workers.gpu_count is not None and not workers.gpus:
+            yield "workers.gpu_count", f"{workers.gpu_count}, and workers.gpus is 0: give them a share"
         if self.data.validation is None:
             for key, value in (
                 ("early_stopping", self.early_stopping),
@@ -642,71 +649,67 @@ class TrainConfig(_Section):
                 ("restarts", self.restarts),
             ):
                 if value is not None:
-                    raise ValueError(f"{key} needs data.validation")
+                    yield key, "needs data.validation"
         if self.resume == "auto" and self.tracking.run_name is None:
-            raise ValueError("resume: auto needs tracking.run_name, by which the run is found again")
-        if self.optimizer.scale_lr != "none" and self.schedule is not None and self.schedule.own_rate is not None:
-            own_rate = self.schedule.own_rate
-            raise ValueError(
-                f"optimizer.scale_lr scales optimizer.lr, and {self.schedule.name} goes by its own {own_rate}"
+            yield "resume", "auto needs tracking.run_name, by which the run is found again"
+        own_rate = self.schedule.own_rate if self.schedule is not None else None
+        if self.optimizer.scale_lr != "none" and self.schedule is not None and own_rate is not None:
+            yield (
+                "optimizer.scale_lr",
+                f"scales optimizer.lr, and {self.schedule.name} goes by its own {own_rate}",
             )
         if self.restarts is not None and self.tracking.registered_model_name is not None:
-            raise ValueError("restarts register no model: leave the name out, and register the best run's in MLflow")
-        if self.model.name == "logistic" and self.loss.kind == "numbers":
-            raise ValueError(
-                f"model: logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "
-                "binary_cross_entropy, or model: linear"
-            )
-        if self.data.standardize and self.data.transform is not None:
-            raise ValueError("data.standardize has no features to measure with data.transform; leave one of them out")
-        is_ragged = self.data.ragged or self.model.name == "text"
-        if is_ragged and self.data.standardize:
-            raise ValueError("data.standardize has no fixed features to measure where rows differ in length")
-        if is_ragged and self.data.transform is not None:
-            raise ValueError(
-                "data.transform makes the model's inputs itself: data.ragged and model: text go without it"
-            )
-        if self.data.ragged and self.model.name not in ("text", None):
-            raise ValueError(
-                f"model: {self.model.name} takes rows of one length; data.ragged goes with text or a factory"
-            )
-        return self
-
-    def _check_slices(self) -> None:
-        """What needs the whole vector in one place."""
-        if self.server.slices > 1:
-            _refuse(
-                f"server.slices is {self.server.slices}",
-                "one slice",
-                {
-                    "server.mode: async": self.server.mode == "async",
-                },
+            yield (
+                "tracking.registered_model_name",
+                "restarts register no model: leave it out, and register the best run's in MLflow",
             )
 
-    def _check_wire(self) -> None:
-        """What needs the parameters that the server has."""
-        if self.server.wire_dtype != "fp32":
-            _refuse(
-                f"server.wire_dtype is {self.server.wire_dtype}",
-                "fp32",
-                {
-                    "server.mode: async": self.server.mode == "async",
-                    "averaging": self.averaging is not None,
-                },
+    def _unfit_server(self) -> Iterator[tuple[str, str]]:
+        """What the server cannot do together: (key, what)."""
+        server, shards = self.server, self.resolved_shards
+        is_free = server.mode == "async" or server.quorum is not None
+        if is_free and self.batch_size != "full" and shards > self.batch_size:
+            yield (
+                "batch_size",
+                f"{self.batch_size} rows for {shards} shards: with server.mode: async or server.quorum a step needs a "
+                "row for each (raise batch_size, or lower shards or workers.count)",
             )
-
-    def _check_server(self) -> None:
-        server = self.server
         if server.mode == "sync" and server.staleness is None:
-            raise ValueError("server.staleness is null, any number, which only server.mode: async allows")
+            yield "server.staleness", "null, any number, which only server.mode: async allows"
         if server.mode == "sync" and server.delay_compensation:
-            raise ValueError("server.delay_compensation needs server.mode: async")
-        self._check_slices()
-        self._check_wire()
+            yield "server.delay_compensation", "needs server.mode: async"
+        if server.mode == "async" and server.slices > 1:  # it needs the whole vector in one place
+            yield "server.slices", f"{server.slices}, and server.mode: async works with one slice only"
+        if server.wire_dtype != "fp32":  # they need the parameters that the server has
+            for key, is_set in (("server.mode: async", server.mode == "async"), ("averaging", self.averaging)):
+                if is_set:
+                    yield "server.wire_dtype", f"{server.wire_dtype}, and {key} works with fp32 only"
         if server.mode == "async" and server.quorum is not None:
-            raise ValueError("server.quorum needs server.mode: sync, since async waits for nobody")
-        if server.quorum is not None and server.quorum > self.resolved_shards:
-            raise ValueError(f"server.quorum is {server.quorum}, more than the {self.resolved_shards} shards of a step")
+            yield "server.quorum", "needs server.mode: sync, since async waits for nobody"
+        if server.quorum is not None and server.quorum > shards:
+            yield "server.quorum", f"{server.quorum} is more than the {shards} shards of a step"
+
+    def _unfit_data(self) -> Iterator[tuple[str, str]]:
+        """What does not go together of data, model and loss: (key, what)."""
+        data, model = self.data, self.model
+        if model.name == "logistic" and self.loss.kind == "numbers":
+            yield (
+                "model.name",
+                f"logistic gives logits, which {self.loss.name} does not take; use cross_entropy or "
+                "binary_cross_entropy, or model: linear",
+            )
+        if data.standardize and data.transform is not None:
+            yield "data.standardize", "has no features to measure with data.transform; leave one of them out"
+        is_ragged = data.ragged or model.name == "text"
+        if is_ragged and data.standardize:
+            yield "data.standardize", "has no fixed features to measure where rows differ in length"
+        if is_ragged and data.transform is not None:
+            yield "data.transform", "makes the model's inputs itself: data.ragged and model: text go without it"
+        if data.ragged and model.name not in ("text", None):
+            yield (
+                "data.ragged",
+                f"model: {model.name} takes rows of one length; data.ragged goes with text or a factory",
+            )
 
     @property
     def resolved_shards(self) -> int:
@@ -723,9 +726,12 @@ class TrainConfig(_Section):
         return self.max_forward_rows or (_FULL_FORWARD_ROWS if self.batch_size == "full" else None)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
-        """Build from nested values and `dotted.key=value` overrides. Raises ConfigError with every problem."""
-        return _build(config_file.Document(dict(values)), overrides)
+    def from_mapping(
+        cls, values: Mapping[str, Any], overrides: Sequence[str] = (), check: Check | None = None
+    ) -> TrainConfig:
+        """Build from nested values and `dotted.key=value` overrides; `check` may find further problems. Raises
+        ConfigError with every problem."""
+        return _build(config_file.Document(dict(values)), overrides, check)
 
     def changed(self, overrides: Sequence[str]) -> TrainConfig:
         """The same configuration, credentials and all, with `dotted.key=value` overrides. Raises ConfigError with every
@@ -793,10 +799,6 @@ class TrainConfig(_Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-Check = Callable[["TrainConfig"], list[tuple[str, str]]]
-"""Says what is wrong with a configuration beyond its form: (dotted key, what)."""
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = (), check: Check | None = None) -> TrainConfig:
     """Read a configuration from YAML, with `dotted.key=value` overrides; `check` may find further problems.
 
@@ -811,20 +813,23 @@ def _build(document: config_file.Document, overrides: Sequence[str], check: Chec
         problems += document.override(override)
     try:
         config = TrainConfig.model_validate(document.values)
-        if check is not None:
-            problems += [f"{document.where(tuple(key.split('.')))}: {text}" for key, text in check(config)]
     except ValidationError as error:
         problems += config_file.explain(error, TrainConfig, document)
+    if check is not None:
+        optimizer = _valid(OptimizerConfig, document.values.get("optimizer", {}))
+        found = check(optimizer, _valid(ScheduleConfig, document.values.get("schedule")))
+        problems += [document.say(key, text) for key, text in found]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
-def _refuse(setting: str, needed: str, others: Mapping[str, bool]) -> None:
-    """Raise where one of the other settings is there, which works with what is `needed` only."""
-    for key, is_set in others.items():
-        if is_set:
-            raise ValueError(f"{setting}, and {key} works with {needed} only")
+def _valid(kind: type[S], value: Any) -> S | None:
+    """A section, where its form is right, whatever is wrong with others."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError:  # said already, with all others
+        return None
 
 
 def _from(folder: Path, path: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ Key = tuple[str | int, ...]
 def setting(key: str, value: Any) -> str:
     """The override that gives a dotted key this JSON-able value, whatever its characters: JSON is YAML."""
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+class Unfit(ValueError):
+    """Settings that do not go together: (dotted key, what is wrong) for each."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
+        self.problems = problems
 
 
 class Document:
@@ -40,6 +48,10 @@ class Document:
             if key[:length] in self._lines:
                 return f"{self._name}:{self._lines[key[:length]]}: {dotted(key)}".removesuffix(": ")
         return ": ".join(part for part in (self._name, dotted(key)) if part)
+
+    def say(self, key: str, text: str) -> str:
+        """A message about a dotted key, with where it stands."""
+        return f"{self.where(tuple(key.split('.')))}: {text}"
 
     def override(self, text: str) -> list[str]:
         """Apply one `dotted.key=value`. Returns the problems."""
@@ -130,10 +142,13 @@ def explain(error: Any, model: Any, document: Document | None = None) -> list[st
     """A pydantic ValidationError in plain words: one line for each problem."""
     document = document or Document({})
     grouped: dict[Key, list[dict[str, Any]]] = {}
-    for problem in error.errors():
-        key = _key(problem["loc"], model)
-        grouped.setdefault(key, []).append(problem)
     lines = []
+    for problem in error.errors():
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, Unfit):
+            lines += [document.say(key, text) for key, text in cause.problems]
+            continue
+        grouped.setdefault(_key(problem["loc"], model), []).append(problem)
     for key, problems in grouped.items():
         # A union reports each of its members; the most specific one, or all of them at once, says it best.
         deepest = [p for p in problems if p["type"] not in ("string_type", "list_type", "none_required")] or problems
@@ -170,11 +185,11 @@ def _section(annotation: Any) -> Any:
 def _kinds(problems: list[dict[str, Any]]) -> str:
     names = {"string_type": "a text", "list_type": "a list", "int_type": "an integer", "float_type": "a number"}
     kinds = [names[p["type"]] for p in problems if p["type"] in names]
-    return f"expected {' or '.join(dict.fromkeys(kinds)) or 'another value'}, got {_quoted(problems[0]['input'])}"
+    return f"expected {' or '.join(dict.fromkeys(kinds)) or 'another value'}, got {quoted(problems[0]['input'])}"
 
 
 def _words(problem: dict[str, Any], key: Key, model: Any) -> str:
-    kind, context, got = problem["type"], problem.get("ctx", {}), _quoted(problem["input"])
+    kind, context, got = problem["type"], problem.get("ctx", {}), quoted(problem["input"])
     match kind:
         case "invalid_key":
             return f"a key must be a text, got {got}{_yaml_bool(problem['input'])}"
@@ -219,7 +234,8 @@ def _yaml_bool(value: Any) -> str:
     return "; YAML reads yes, no, on and off as true and false: put quotes around it" if isinstance(value, bool) else ""
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
+    """A value as a message shows it, not too long."""
     text = repr(value) if not isinstance(value, bool) else str(value).lower()
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -27,7 +27,7 @@ from distrain.placement import Cluster, check_local_room, token_source
 from distrain.preparation import Preparation, prepare
 from distrain.progress.standing import plural, size
 from distrain.storage import place
-from distrain.tracking import check_reachable
+from distrain.tracking import check_opens
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 _SHOWN = ("torch", "ray", "pyarrow", "mlflow")  # of the versions
@@ -56,7 +56,7 @@ def examine(config: TrainConfig | None = None, dashboard: str | None = None) -> 
 
     Without `config`: what can be looked at without one. `dashboard`: that of the cluster that jobs are submitted to;
     None: RAY_API_SERVER_ADDRESS, and where that is not set, the cluster that a run here would use. Nothing is left
-    behind, and no error is raised: what fails is a finding.
+    behind but MLflow's tables in a database that is there, and no error is raised: what fails is a finding.
     """
     dashboard = dashboard or os.environ.get("RAY_API_SERVER_ADDRESS")
     workers = config.workers if config is not None else WorkersConfig(count=1)
@@ -225,14 +225,16 @@ def of_cluster(subject: str, variable: str) -> Finding:
     return Finding(subject, OK, f"not looked at from here: the cluster's {variable} says where, or its default")
 
 
-def tracking(config: TrackingConfig, check: Callable[[str], None] = check_reachable) -> Finding:
-    """Whether the tracking store is there and answers as MLflow does."""
+def tracking(config: TrackingConfig, check: Callable[[str, str], None] = check_opens) -> Finding:
+    """Whether the tracking store is there, opens for us and takes runs of the experiment."""
     if not config.enabled:
         return Finding("tracking", OK, "off (tracking.enabled)")
     try:
-        check(config.uri)
+        check(config.uri, config.experiment)
     except DistrainError as error:
-        advice = "start it, or name another one: tracking.uri, MLFLOW_TRACKING_URI; sqlite:///mlflow.db needs no server"
+        advice = (
+            "mend that, or name another one: tracking.uri, MLFLOW_TRACKING_URI; sqlite:///mlflow.db needs no server"
+        )
         return Finding("tracking", FAILED, error.message, advice, error.exit_code)
     shown = config.uri.rpartition("@")[2] if "@" in config.uri else config.uri  # it may hold a password
     return Finding("tracking", OK, shown)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distrain.trainer import Result
 
 
 class DistrainError(Exception):
@@ -41,9 +45,15 @@ class TrainingDataError(DataError):
 
 
 class CheckpointError(DistrainError):
-    """A checkpoint is missing, damaged, or does not fit."""
+    """A checkpoint is missing, damaged, or does not fit. Exit code 2 before training starts."""
 
     exit_code = 2
+
+
+class TrainingCheckpointError(CheckpointError):
+    """The last checkpoint of a run could not be written, or the one that it had to go on from cannot be read."""
+
+    exit_code = 1
 
 
 class CheckpointUnreadable(CheckpointError):
@@ -72,6 +82,10 @@ class TrackingError(DistrainError):
     exit_code = 3
 
 
+class TrackingRefused(TrackingError):
+    """The MLflow tracking store answers, and says no: trying again is useless."""
+
+
 class LinkError(DistrainError):
     """A link between worker and server broke, or its peer could not prove that it holds the run's token."""
 
@@ -85,12 +99,16 @@ class DivergenceError(DistrainError):
 
 
 class Interrupted(DistrainError):
-    """The run was stopped by a signal; it wrote a checkpoint first. Exit code 128 + signal number."""
+    """The run was stopped by a signal; it wrote a checkpoint first. Exit code 128 + signal number.
 
-    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+    `result` is how far it came; None where it was stopped before it could train.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT, result: Result | None = None) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+        self.result = result
         self.exit_code = 128 + signal_number
 
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
-        return type(self), (self.message, self.signal_number)
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int, Result | None]]:
+        return type(self), (self.message, self.signal_number, self.result)

@@ -24,7 +24,7 @@ _EXAMPLE_ROWS = 2
 def log_model(checkpoint: Checkpoint, preparation: Preparation, tracker: Tracker, title: str) -> None:
     """Hand over the model of a checkpoint, and graph.png, of that title. What takes time is left to the tracker."""
     task = build_task(preparation.task)
-    restore_model(task.model, checkpoint.model)
+    restore_model(task.model, checkpoint.model, checkpoint.optimizer)
     batch = _first_rows(preparation.train)
     example = {name: tensor[:_EXAMPLE_ROWS] for name, tensor in inputs_of(batch).items()}
     tracker.model(task.model.eval(), _described(example, preparation.train), checkpoint.manifest["step"])

@@ -187,7 +187,7 @@ def task_spec(checkpoint: Checkpoint, config: TrainConfig) -> TaskSpec:
 def restored_task(checkpoint: Checkpoint, config: TrainConfig) -> Task:
     """Model, loss and metrics with the checkpoint's weights, ready to evaluate."""
     task = build_task(task_spec(checkpoint, config))
-    restore_model(task.model, checkpoint.model)
+    restore_model(task.model, checkpoint.model, checkpoint.optimizer)
     task.model.eval()
     return task
 

@@ -12,7 +12,8 @@ from distrain.errors import ConfigError, DataError
 from distrain.learning.fit import check_labels, check_task, num_outputs
 from distrain.learning.metrics import Metrics
 from distrain.learning.models import check_features
-from distrain.learning.schedules import what_comes_after
+from distrain.learning.optimizers import refuse
+from distrain.learning.schedules import check_optimization, what_comes_after
 from distrain.learning.task import TaskSpec, build_task
 from distrain.worker import Source
 
@@ -40,10 +41,11 @@ class Preparation:
 def prepare(config: TrainConfig) -> Preparation:
     """Open the data sets and plan the run.
 
-    Raises DataError for data that cannot be used, ConfigError for a loss that does not fit the label, or a model
-    or `standardize` that does not fit the features.
+    Raises DataError for data that cannot be used, ConfigError for an optimizer or a schedule that torch refuses, a loss
+    that does not fit the label, or a model or `standardize` that does not fit the features.
     """
     _check_metrics(config)
+    refuse(check_optimization(config.optimizer, config.schedule))
     shards = config.resolved_shards
     dataset = open_dataset(config.data.train, config.data, vocabulary=config.model.vocabulary)
     if dataset.is_constant and dataset.num_rows > 1:

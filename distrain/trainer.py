@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
@@ -33,16 +34,26 @@ from distrain.config import TrainConfig
 from distrain.crew import MOVING, Crew, worker_threads
 from distrain.data.plan import Plan
 from distrain.devices import Arithmetic
-from distrain.errors import CheckpointError, CheckpointUnreadable, ConfigError, Interrupted, ServerLost, TrackingError
+from distrain.errors import (
+    CheckpointError,
+    CheckpointUnreadable,
+    ConfigError,
+    Interrupted,
+    ServerLost,
+    TrackingError,
+    TrainingCheckpointError,
+)
 from distrain.final_model import log_model
 from distrain.history import History
+from distrain.jsonable import jsonable
 from distrain.learning.overfitting import Look, overfitting
-from distrain.learning.schedules import has_end
+from distrain.learning.schedules import check_optimization, has_end
 from distrain.monitoring import RunSeries
 from distrain.placement import Cluster, Placement, submitted_job_id
 from distrain.preparation import Preparation, check_own_code, prepare
 from distrain.progress import Progress, RunInfo, SilentProgress
 from distrain.records import Event, Report
+from distrain.run_lock import is_trained, run_lock
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.loss_scale import first_scale
 from distrain.server.stopping import HIGHER_IS_BETTER, best_metric
@@ -52,10 +63,12 @@ from distrain.storage import Mirror, Place, place
 from distrain.tracking import DatasetDescription, RunDescription, Tracker, check_reachable, make_tracker
 from distrain.worker import WorkerOptions
 
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `status` is "finished", or "stopped" by a signal."""
+    """How a run ended. `status` is "finished", or "stopped" by a signal. A number that is not known is nan."""
 
     run_id: str | None  # MLflow's, None where tracking is off
     run_name: str
@@ -76,12 +89,11 @@ class Result:
     overfitting: str | None  # where validation turned while training went on
     warnings: tuple[str, ...]  # what is wrong with the training, by its layers
     peak_worker_bytes: int  # the most memory that a worker held; 0 where it is not known
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # startup (to the first step: nan where none was done), training, total
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON-able values: what `--json` prints."""
-        values = asdict(self)
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        """The result as JSON-able values: what `--json` prints. What is not finite becomes null."""
+        return jsonable(asdict(self))
 
 
 class Trainer:
@@ -122,6 +134,7 @@ class Trainer:
         self._samples = 0
         self._first_step_ms = 0  # Unix time of this run's first update
         self._written = checkpoint.path if checkpoint is not None else None  # the last checkpoint
+        self._unwritten: CheckpointError | None = None  # why there is none of the step at which the run ended
         self._lost_at: float | None = None  # Unix seconds: a server died, and its steps are not all done again
         self._lost_servers = 0
         self._warnings: list[str] = []
@@ -146,14 +159,15 @@ class Trainer:
     ) -> Trainer:
         """Go on from a checkpoint: a checkpoint's folder, a run's folder, its name, or its MLflow run id.
 
-        Raises CheckpointError when there is none, it is damaged, or what decides the result has changed: data, or keys
-        that `overrides` set. With `anyway` that is only said, and the epoch under way begins again; from a checkpoint
-        that is not the run's last, it goes on as another run then, and the later ones stay.
+        Raises ConfigError for `overrides` that are wrong, CheckpointError when there is no checkpoint, it is damaged,
+        or what decides the result has changed: data, or keys that `overrides` set. With `anyway` that is only said, and
+        the epoch under way begins again; from a checkpoint that is not the run's last, it goes on as another run then,
+        and the later ones stay.
         """
         found = find(reference, root)
         checkpoint = load(found.path)
         before = checkpoint.manifest["config"]
-        config = TrainConfig.from_mapping(before, overrides)
+        config = TrainConfig.from_mapping(before, overrides, check_optimization)
         if keys := config.without_credentials:
             raise CheckpointError(
                 f"a checkpoint does not hold passwords: {', '.join(keys)} had one. Give it again: {keys[0]}=..."
@@ -178,20 +192,23 @@ class Trainer:
         """Train, and return how it went.
 
         Raises ConfigError or DataError before anything starts, ClusterError or TrackingError where those are out of
-        reach, TrainingError when the user's code fails, DivergenceError when the loss does, and Interrupted after a
-        signal, with a checkpoint written.
+        reach, TrainingError when the user's code fails, DivergenceError when the loss does, TrainingCheckpointError
+        when the last checkpoint cannot be written, and Interrupted, which holds the result, after a signal.
         """
         try:
-            with StopSignals(lambda: self.stop("stopped by a signal")) as signals:
+            with run_lock(self._folder), StopSignals(lambda: self.stop("stopped by a signal")) as signals:
                 result = self._fit(signals)
             result = replace(result, seconds={**result.seconds, "total": time.time() - self._began})
             self._progress.finished(result)
         finally:
             self._progress.close()
         if signals.received is not None and result.status == "stopped":
-            raise Interrupted(
-                f"stopped after step {result.steps}; go on with: distrain resume {result.checkpoint}", signals.received
-            )
+            message = f"stopped after step {result.steps}; go on with: distrain resume {result.checkpoint}"
+            if self._unwritten is not None:
+                message = f"stopped after step {result.steps}: {self._way_on(self._unwritten)}"
+            raise Interrupted(message, signals.received, result)
+        if self._unwritten is not None:
+            raise TrainingCheckpointError(self._way_on(self._unwritten))
         return result
 
     def _fit(self, signals: StopSignals) -> Result:
@@ -234,6 +251,10 @@ class Trainer:
                 if self._written is not None:
                     message = f"stopped while no server trained; go on with: distrain resume {self._written}"
                 raise Interrupted(message, signals.received or SIGNALS[0]) from stopped
+            except CheckpointError as error:
+                if not self._first_step_ms:  # before training, what was given is at fault
+                    raise
+                raise TrainingCheckpointError(self._way_on(error)) from error
             finally:
                 self._progress.phase("storing the run in MLflow" if config.tracking.enabled else "ending")
                 tracker.finish(status)
@@ -288,6 +309,12 @@ class Trainer:
 
     def _train(self, preparation: Preparation, cluster: Cluster, tracker: Tracker) -> Result:
         self._progress.phase("starting workers")
+        if submitted_job_id() is not None and _STOP_WAIT not in os.environ:
+            variables = json.dumps({"env_vars": {_STOP_WAIT: "60"}})
+            self._progress.note(
+                f"{_STOP_WAIT} is not set: Ray kills a stopped job after 3 s, perhaps before its checkpoint is there. "
+                f"Submit with distrain submit, or with --runtime-env-json '{variables}'"
+            )
         if cluster.resources.shared_cores:
             self._progress.note(
                 f"{self.config.workers.count} workers share the {cluster.resources.there_cpus:g} cores of this machine"
@@ -357,9 +384,19 @@ class Trainer:
                 if not crew.dismiss(lost, self._step):
                     raise _StoppedEarly from lost
                 restored = self._go_back(lost.message, tracker)
-        if writer.last_error is not None:
-            raise writer.last_error
+        self._unwritten = writer.last_error
+        if self._unwritten is not None and outcome.status == "finished":
+            raise self._unwritten
         return outcome
+
+    def _way_on(self, error: CheckpointError) -> str:
+        """What a run says that a checkpoint ended: why, and how to go on."""
+        if self._written is None:
+            return f"{error.message}; there is no other checkpoint: once that is mended, begin the run anew"
+        return (
+            f"{error.message}; once that is mended, go on from the last good checkpoint with: distrain resume "
+            f"{self._written}"
+        )
 
     @property
     def _spent_s(self) -> float:
@@ -372,10 +409,13 @@ class Trainer:
         outcome = None
         try:
             while outcome is None:
+                tracker.check()
                 outcome = crew.watch(self._stop_reason)
                 self._report(crew.report(), crew.failures, writer, tracker)
         finally:
             writer.close()
+        if writer.lost is not None:  # and with the server the run's last snapshot
+            raise writer.lost
         return outcome
 
     def _report(self, report: Report, failures: int, writer: CheckpointWriter, tracker: Tracker) -> None:
@@ -531,7 +571,7 @@ class Trainer:
         name = name or self.config.tracking.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         unique, number = name, 2
         try:
-            while (self._root / unique).exists():
+            while (self._root / unique).exists() or is_trained(self._root / unique):
                 unique, number = f"{name}-{number}", number + 1
         except OSError as error:
             raise CheckpointError(f"{self._root}: cannot be looked at: {error.strerror}") from error
@@ -578,10 +618,12 @@ class Trainer:
         return tracker.run_id
 
     def _logged_run_id(self, tracker: Tracker) -> str | None:
-        """MLflow's id of the run, at its end. A store that did not open costs the run's points, not its result."""
+        """MLflow's id of the run, at its end. A store that did not open costs the run's points, not its result. One
+        that refused it is an error, for a short run too."""
         try:
             return tracker.wait_ready()
         except TrackingError as error:
+            tracker.check()
             self._progress.note(f"the run is not in MLflow: {error.message}")
             return None
 

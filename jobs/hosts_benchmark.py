@@ -20,9 +20,13 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import click
 import torch
@@ -39,6 +43,7 @@ from jobs.contenders.process import prepare_process  # noqa: E402
 CONTENDERS = ("distrain", "distrain sliced", "distrain sliced bf16", "distrain sliced bf16 stale", "ddp")
 WARMUP_STEPS = 5
 TIMEOUT_S = 300.0
+TOLD_LINES = 20  # of a host that failed
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -97,24 +102,59 @@ def run(hosts, launch, floats, workers, backward_ms, steps, port, interface, con
             click.echo(f"| {size:,} | {count} | " + " | ".join(cells) + " |")
 
 
+@dataclass(frozen=True)
+class Part:
+    """What runs on one host, and the files that it writes to."""
+
+    host: str
+    process: subprocess.Popen[str]
+    output: TextIO
+    errors: TextIO
+
+    def told(self) -> str:
+        """Its last words."""
+        self.errors.seek(0)
+        return f"{self.host} said:\n" + "".join(self.errors.readlines()[-TOLD_LINES:])
+
+
 def measure(setup: Setup, launch: str) -> float:
-    """Run one contender on all hosts. Returns the mean step in milliseconds, as the first host saw it."""
-    processes = []
-    for number, host in enumerate(setup.hosts, 1):
-        inner = shlex.join(
-            [sys.executable, str(Path(__file__).resolve()), "host", str(number), json.dumps(asdict(setup))]
-        )
-        line = launch.format(host=host, number=number, command=inner, quoted=shlex.quote(inner))
-        pipe = subprocess.PIPE if number == 1 else subprocess.DEVNULL
-        processes.append(subprocess.Popen(line, shell=True, stdout=pipe, cwd=ROOT, text=True))
-    try:
-        said, _ = processes[0].communicate(timeout=TIMEOUT_S)
-        for process in processes[1:]:
-            process.wait(30)
-    finally:
-        for process in processes:
-            process.kill()
-    return float(json.loads(said.splitlines()[-1])["ms"])
+    """Run one contender on all hosts. Returns the mean step in milliseconds, as the first host saw it.
+
+    Raises ClickException as soon as a host's process fails, or where they have not all ended after TIMEOUT_S.
+    """
+    parts = []
+    with ExitStack() as files:
+        for number, host in enumerate(setup.hosts, 1):
+            inner = shlex.join(
+                [sys.executable, str(Path(__file__).resolve()), "host", str(number), json.dumps(asdict(setup))]
+            )
+            line = launch.format(host=host, number=number, command=inner, quoted=shlex.quote(inner))
+            output, errors = (files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+            process = subprocess.Popen(line, shell=True, stdout=output, stderr=errors, cwd=ROOT, text=True)
+            parts.append(Part(host, process, output, errors))
+        try:
+            wait_for(parts)
+        finally:
+            for part in parts:
+                part.process.kill()
+        parts[0].output.seek(0)
+        said = parts[0].output.read()
+        if not said.strip():
+            raise click.ClickException(f"no result came back from {parts[0].told()}")
+        return float(json.loads(said.splitlines()[-1])["ms"])
+
+
+def wait_for(parts: Sequence[Part]) -> None:
+    """Wait until all have ended well, or raise ClickException."""
+    until = time.monotonic() + TIMEOUT_S
+    while running := [part for part in parts if part.process.poll() != 0]:
+        for part in running:
+            if part.process.returncode is not None:
+                raise click.ClickException(f"exit code {part.process.returncode}: {part.told()}")
+        if time.monotonic() > until:
+            told = "\n".join(part.told() for part in running)
+            raise click.ClickException(f"no end after {TIMEOUT_S:g} s: {told}")
+        time.sleep(0.05)
 
 
 @cli.command()
@@ -157,6 +197,8 @@ def ddp_host(setup: Setup, number: int) -> float:
         process.start()
     for process in ranks:
         process.join()
+    if any(process.exitcode for process in ranks):
+        raise click.ClickException("a rank failed")  # and would leave no result to wait for
     return results.get() if number == 1 else 0.0
 
 

@@ -46,6 +46,7 @@ LAYERS = {
     "distrain.manifest": 1,
     "distrain.objects": 1,
     "distrain.storage": 1,
+    "distrain.run_lock": 2,
     "distrain.data.plan": 0,
     "distrain.server.ledger": 0,
     "distrain.server.dealing": 0,
@@ -75,6 +76,7 @@ LAYERS = {
     "distrain.step_sums": 0,
     "distrain.durable": 0,
     "distrain.imports": 0,
+    "distrain.jsonable": 0,
     "distrain.process": 0,
 }
 
@@ -83,7 +85,7 @@ DOORS = {
     "ray": ("distrain.jobs", "distrain.monitoring", "distrain.crew", "distrain.placement", "distrain.actors"),
     "mlflow": ("distrain.tracking",),
     "pyarrow": ("distrain.data", "distrain.inference", "distrain.objects"),
-    "socket": ("distrain.exchange",),
+    "socket": ("distrain.exchange", "distrain.run_lock"),
     "mmap": ("distrain.exchange",),
     "pydantic": ("distrain.config",),
     "rich": ("distrain.progress", "distrain.cli"),

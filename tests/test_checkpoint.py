@@ -145,6 +145,21 @@ def test_higher_may_be_better(tmp_path: Path) -> None:
     assert names(store) == ["best.json", "step-00000002", "step-00000003"]
 
 
+def test_the_best_is_not_chosen_among_validations_of_other_rows_or_another_loss(store: CheckpointStore) -> None:
+    def best_after(step: int, rows: str | None, name: str, **metrics: float) -> int:
+        fields = {"data": {"train": "f00d", "validation": rows}, "config": CONFIG | {"loss": {"name": name}}}
+        store.write(snapshot(step, **metrics), FIELDS | fields)
+        return read_manifest(find(store.directory / "best").path)["step"]
+
+    assert best_after(1, "f00d", "mse", loss=0.1) == 1
+    assert best_after(2, "beef", "mse") == best_after(3, "beef", "mse") == 1, "it is kept until there is another"
+    assert best_after(4, "beef", "mse", loss=0.9) == 4
+    assert names(store) == ["best.json", "step-00000003", "step-00000004"]
+    assert best_after(5, "beef", "mse", loss=1.0) == best_after(6, "beef", "mse", loss=1.1) == 4
+    assert best_after(7, "beef", "huber", loss=2.0) == 7
+    assert best_after(8, None, "huber") == best_after(9, None, "huber") == best_after(10, None, "huber") == 7
+
+
 def test_without_validation_there_is_no_best(store: CheckpointStore) -> None:
     store.write(snapshot(1), FIELDS)
     assert names(store) == ["step-00000001"]
@@ -260,6 +275,21 @@ def test_find_by_folder_name_and_mlflow_run(store: CheckpointStore, monkeypatch:
     assert find("calm-owl", root).path == root / "renamed" / "step-00000003"
     monkeypatch.chdir(root.parent)
     assert find("checkpoints/renamed").path == Path("checkpoints/renamed/step-00000003")
+
+
+def test_a_folder_without_checkpoints_hides_no_run(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = store.directory.parent
+    path = store.write(snapshot(3, loss=0.5), FIELDS)
+    (root.parent / "calm-owl" / "train").mkdir(parents=True)
+    monkeypatch.chdir(root.parent)
+    assert find("calm-owl", root).path == find("calm-owl/best", root).path == path
+    store.directory.rename(root / "renamed")
+    assert find("calm-owl", root).path == root / "renamed" / path.name
+    with pytest.raises(CheckpointError, match=r"^calm-owl: no best checkpoint is marked in it"):
+        find("calm-owl/best", root)
+    shutil.rmtree(root)
+    with pytest.raises(CheckpointError, match=r"^calm-owl: no checkpoint in this folder"):
+        find("calm-owl", root)
 
 
 def test_the_points_of_a_sweep_are_found_as_runs_are(tmp_path: Path) -> None:
@@ -456,7 +486,7 @@ def test_what_follows_changed_keys(
     state = {
         "schedule": {"steps": 7, "lr": [0.1]},
         "optimizer": {"state": [1], "param_groups": [{"params": [2], "lr": 0.1}]},
-        "stopping": {"top": 0.5, "best": 0.5, "stale": 2, "losses": [3]},
+        "stopping": {"top": 0.5, "best": 0.5, "stale": 2, "losses": [3], "ended": "the target was reached"},
         "agenda": {"x": 1},
         "epoch_loss": {"epoch": 3, "weighted_loss": 1.0, "samples": 2},
     }

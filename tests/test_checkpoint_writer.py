@@ -92,3 +92,4 @@ def test_a_lost_server_is_for_its_supervisor_to_tell(start, written, failed):
     writer.wake()
     writer.close()
     assert written == failed == [] and writer.last_error is None
+    assert writer.lost is not None and writer.lost.message == "it died"

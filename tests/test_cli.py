@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,10 @@ from torch import nn
 
 from distrain.checkpoint import CheckpointStore, Snapshot
 from distrain.cli import main
+from distrain.errors import Interrupted
+from distrain.trainer import Trainer
 from tests.support.jobs import distrain, write_job, write_rows
+from tests.support.results import without_a_step
 
 
 def four_outputs() -> nn.Module:
@@ -40,6 +45,15 @@ def job(tmp_path: Path) -> Path:
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def strict_json(text: str) -> Any:
+    """Read JSON as others do, who know no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def change(path: Path, rows: int = 300, **columns: object) -> None:
@@ -147,10 +161,8 @@ class TestBadInputBeforeTheStart:
         result = run("train", job, "batch_size=none")
         assert result.exit_code == 2
         errors = result.stderr.splitlines()
-        assert (
-            f"error: {job}:{line}: optimizer.lrr: torch.optim.AdamW has no such keyword; did you mean lr?" in errors
-            or any("optimiser: no such key; did you mean optimizer?" in error for error in errors)
-        )
+        assert f"error: {job}:{line}: optimizer.lrr: torch.optim.AdamW has no such keyword; did you mean lr?" in errors
+        assert any("optimiser: no such key; did you mean optimizer?" in error for error in errors)
         assert any('override "batch_size=none": batch_size: expected a number of rows' in error for error in errors)
 
 
@@ -162,6 +174,21 @@ def test_a_mistyped_keyword_of_an_optimizer_names_file_line_and_key(job: Path):
     assert result.exit_code == 2
     assert "optimizer.lrr: " in result.stderr and result.stderr.rstrip().endswith("did you mean lr?")
     assert result.stderr.startswith(f"error: {job}:")
+
+
+def test_values_that_torch_refuses_are_said_with_all_else(job: Path):
+    settings = ("batchsize=3", 'optimizer={name: Adam, amsgrad: "no"}', "schedule={name: StepLR, step_size: 0}")
+    result = run("config", job, *settings)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        'error: override "batchsize=3": batchsize: no such key; did you mean batch_size?',
+        f"error: override \"{settings[1]}\": optimizer.amsgrad: expected true or false, got 'no'",
+    ], "a schedule is tried on a good optimizer only"
+    assert run("config", job, settings[2]).stderr == (
+        f'error: override "{settings[2]}": schedule: torch.optim.lr_scheduler.StepLR refused its values (step_size=0): '
+        "integer modulo by zero\n"
+    )
+    assert run("config", job, "schedule={name: MultiStepLR, milestones: [1e3]}").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -218,6 +245,20 @@ def test_a_batch_larger_than_the_data_is_one_partial_batch(tmp_path: Path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_has_its_line_too(job: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    def fit(trainer: Trainer) -> None:
+        raise Interrupted("stopped after step 0", number, without_a_step(status="stopped", steps=0))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    done = run("train", job, "--json")
+    assert done.exit_code == 128 + number and done.stderr == "error: stopped after step 0\n"
+    said = strict_json(done.stdout)
+    assert (said["status"], said["steps"], said["train_loss"]) == ("stopped", 0, None)
+    assert said["validation"] == {"loss": None} and said["seconds"] == {"startup": None, "training": 0.1, "total": 5.0}
+    assert run("train", job).stdout == "", "only where it is asked for"
+
+
 def test_config_prints_what_reads_back_as_the_same(job: Path, tmp_path: Path):
     printed = run("config", job, "optimizer.lr=1e-3")
     assert printed.exit_code == 0
@@ -265,6 +306,12 @@ def test_checkpoints_are_listed_verified_and_pruned(tmp_path: Path):
     assert result.stderr.count("removed ") == 2 and "good, the best" in result.stdout.replace("\n", " ")
     assert run("checkpoints", tmp_path / "runs").exit_code == 1, "the damaged one of all runs"
     assert "holds no checkpoints" in run("checkpoints", written[0].parent.parent.parent / "none").stderr
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path):
+    CheckpointStore(tmp_path / "run").write(Snapshot(10, 0, False, b"m", b"o", {}, {"loss": np.nan}), {})
+    [entry] = strict_json(run("checkpoints", tmp_path / "run", "--json").stdout)
+    assert entry["step"] == 10 and entry["metrics"] == {"loss": None}
 
 
 def test_help_and_usage():

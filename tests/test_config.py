@@ -84,39 +84,109 @@ def test_every_mistake_at_once_with_file_line_and_key(tmp_path: Path):
         (GOOD + "model: {activation: no}\n", "YAML reads yes, no, on and off as true and false"),
         (
             GOOD + "shards: 999\nserver: {mode: async}\n",
-            "train.yaml: batch_size is 256 and there are 999 shards: with server.mode: async",
+            "train.yaml: batch_size: 256 rows for 999 shards: with server.mode: async",
         ),
         (
             GOOD + "batch_size: ful\n",
             "train.yaml:2: batch_size: expected a number of rows, at least 1, or full, got 'ful'",
         ),
-        (GOOD + "workers: {count: 1, min: 2}\n", "workers.min is 2, more than workers.count, 1"),
+        (GOOD + "workers: {count: 1, min: 2}\n", "train.yaml:2: workers.min: 2 is more than workers.count, 1"),
         (
             GOOD + "server: {staleness: null}\n",
-            "server.staleness is null, any number, which only server.mode: async allows",
+            "train.yaml:2: server.staleness: null, any number, which only server.mode: async allows",
         ),
-        (GOOD + "workers: {count: 3, max: 2}\n", "workers.max is 2, less than workers.count, 3"),
-        (GOOD + "server: {quorum: 3}\n", "server.quorum is 3, more than the 2 shards of a step"),
-        (GOOD + "server: {mode: async, quorum: 2}\n", "server.quorum needs server.mode: sync"),
-        (GOOD + "server: {delay_compensation: 0.1}\n", "server.delay_compensation needs server.mode: async"),
+        (GOOD + "workers: {count: 3, max: 2}\n", "train.yaml:2: workers.max: 2 is less than workers.count, 3"),
+        (GOOD + "server: {quorum: 3}\n", "train.yaml:2: server.quorum: 3 is more than the 2 shards of a step"),
+        (GOOD + "server: {mode: async, quorum: 2}\n", "train.yaml:2: server.quorum: needs server.mode: sync"),
+        (
+            GOOD + "server: {delay_compensation: 0.1}\n",
+            "train.yaml:2: server.delay_compensation: needs server.mode: async",
+        ),
         (
             GOOD + "server: {mode: async, wire_dtype: bf16}\n",
-            "server.wire_dtype is bf16, and server.mode: async works with fp32 only",
+            "train.yaml:2: server.wire_dtype: bf16, and server.mode: async works with fp32 only",
         ),
         (
             GOOD + "server: {wire_dtype: bf16}\naveraging: {decay: 0.9}\n",
-            "server.wire_dtype is bf16, and averaging works with fp32 only",
+            "train.yaml:2: server.wire_dtype: bf16, and averaging works with fp32 only",
         ),
-        (GOOD + "early_stopping: {patience: 2}\n", "early_stopping needs data.validation"),
+        (GOOD + "early_stopping: {patience: 2}\n", "train.yaml:2: early_stopping: needs data.validation"),
         (GOOD + "model: {name: mlp, factory: 'a:b'}\n", "train.yaml:2: model: give either name or factory, not both"),
         (GOOD + "workers: {gpus: 2}\n", "train.yaml:2: workers.gpus: "),
-        (GOOD + "workers: {gpu_count: 1}\n", "workers.gpu_count is 1, and workers.gpus is 0"),
+        (GOOD + "workers: {gpu_count: 1}\n", "train.yaml:2: workers.gpu_count: 1, and workers.gpus is 0"),
         (GOOD + "workers: {precision: fp8}\n", "train.yaml:2: workers.precision: "),
+        (
+            GOOD + "server: {mode: async, slices: 2}\n",
+            "train.yaml:2: server.slices: 2, and server.mode: async works with",
+        ),
+        (GOOD + "resume: auto\n", "train.yaml:2: resume: auto needs tracking.run_name"),
+        (
+            GOOD + "restarts: 2\ntracking: {registered_model_name: mine}\n",
+            "train.yaml:3: tracking.registered_model_name: restarts register no model",
+        ),
+        (
+            GOOD + "optimizer: {scale_lr: sqrt, base_batch_size: 8}\nschedule: {name: CyclicLR}\n",
+            "train.yaml:2: optimizer.scale_lr: scales optimizer.lr, and CyclicLR goes by its own base_lr",
+        ),
+        (
+            "data: {train: rows, label: y, standardize: true, transform: 'a:b'}\n",
+            "train.yaml:1: data.standardize: has no features to measure with data.transform",
+        ),
+        (
+            "data: {train: rows, label: y, ragged: true, transform: 'a:b'}\nmodel: {factory: 'a:b'}\n",
+            "train.yaml:1: data.transform: makes the model's inputs itself",
+        ),
         (GOOD + "data2: 1\n", "train.yaml:2: data2: no such key; did you mean data?"),
     ],
 )
 def test_one_mistake(tmp_path: Path, text: str, said: str):
     assert any(said in line for line in problems(tmp_path, text)), problems(tmp_path, text)
+
+
+def test_all_that_does_not_fit_together_is_said_at_once(tmp_path: Path):
+    text = GOOD + "workers: {count: 1, min: 5}\nearly_stopping: {patience: 2}\n"
+    assert problems(tmp_path, text, "server.staleness=null", "model=logistic", "loss=mse") == [
+        "train.yaml:2: workers.min: 5 is more than workers.count, 1",
+        "train.yaml:3: early_stopping: needs data.validation",
+        'override "server.staleness=null": server.staleness: null, any number, which only server.mode: async allows',
+        'override "model=logistic": model.name: logistic gives logits, which mse does not take; use cross_entropy or '
+        "binary_cross_entropy, or model: linear",
+    ]
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(data={"train": "rows", "label": "y"}, workers={"count": 1, "min": 5}, target={"value": 1})
+    assert error.value.message.splitlines() == [
+        "workers.min: 5 is more than workers.count, 1",
+        "target: needs data.validation",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        ("batchsize: 3\n", [], ["optimizer", "schedule"]),
+        ("workers: {min: 9}\n", [], ["optimizer", "schedule"]),
+        ("", ["optimizer.lr=fast"], ["schedule"]),
+        ("", ["schedule.warmup_steps=-1"], ["optimizer"]),
+        ("", ["schedule=null"], ["optimizer"]),
+        ("", ["optimizer=null"], ["schedule"]),
+    ],
+)
+def test_optimizer_and_schedule_are_checked_whatever_else_is_wrong(tmp_path: Path, text, overrides, said):
+    def check(*sections):
+        given = zip(("optimizer", "schedule"), sections, strict=True)
+        return [(f"{key}.name", f"no {section.name}") for key, section in given if section is not None]
+
+    path = tmp_path / "train.yaml"
+    path.write_text(GOOD + "optimizer: Adamm\nschedule: {name: Step}\n" + text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides, check)
+    lines = error.value.message.splitlines()
+    expected = {"optimizer": f"{path}:2: optimizer.name: no Adamm", "schedule": f"{path}:3: schedule.name: no Step"}
+    assert lines[len(lines) - len(said) :] == [expected[key] for key in said]
+    assert len(lines) - len(said) == (overrides != ["schedule=null"]), "and what else is wrong, once"
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_mapping(yaml.safe_load(path.read_text()), overrides, check)
+    assert len(error.value.message.splitlines()) == len(lines)
 
 
 def test_a_missing_file_names_the_near_one(tmp_path: Path):

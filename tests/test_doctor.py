@@ -15,7 +15,7 @@ import pytest
 
 from distrain import doctor
 from distrain.config import CheckpointConfig, TrackingConfig, WorkersConfig, load_config
-from distrain.errors import ClusterError, TrackingError
+from distrain.errors import ClusterError, TrackingRefused
 from tests.support.heads import free_port, ray_head
 from tests.support.jobs import Finished, distrain, write_job
 
@@ -182,12 +182,13 @@ def test_a_checkpoint_folder_that_cannot_be_written_and_one_that_is_full(tmp_pat
 def test_tracking():
     assert doctor.tracking(TrackingConfig(enabled=False)).message == "off (tracking.enabled)"
 
-    def refuse(uri: str) -> None:
-        raise TrackingError(f"{uri} is dead")
+    def refuse(uri: str, experiment: str) -> None:
+        raise TrackingRefused(f"MLflow at {uri}: the experiment {experiment!r} was deleted")
 
-    found = doctor.tracking(TrackingConfig(uri="http://x"), refuse)
+    found = doctor.tracking(TrackingConfig(uri="http://x", experiment="gone"), refuse)
     assert (found.verdict, found.exit_code) == ("failed", 3)
-    secret = doctor.tracking(TrackingConfig(uri="postgresql://me:secret@host/db"), lambda _: None)
+    assert found.message == "MLflow at http://x: the experiment 'gone' was deleted" and "tracking.uri" in found.advice
+    secret = doctor.tracking(TrackingConfig(uri="postgresql://me:secret@host/db"), lambda *_: None)
     assert secret.message == "host/db"
 
 

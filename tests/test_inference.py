@@ -33,6 +33,7 @@ def checkpoint_of(
     features: list[str],
     num_features: int | None,
     num_outputs: int,
+    beside: dict[str, Tensor] | None = None,
 ) -> Checkpoint:
     labels = [config.data.label] if isinstance(config.data.label, str) else config.data.label
     fields: dict[str, Any] = {
@@ -43,7 +44,7 @@ def checkpoint_of(
         "num_features": num_features,
         "num_outputs": num_outputs,
     }
-    snapshot = Snapshot(1, 0, False, save(copied(model_state(model))), save({}), {}, {})
+    snapshot = Snapshot(1, 0, False, save(copied(model_state(model))), save(beside or {}), {}, {})
     return load(CheckpointStore(folder / "run").write(snapshot, fields))
 
 
@@ -344,6 +345,33 @@ def total(outputs: Tensor, label: Tensor) -> Tensor:
 
 def own_total() -> Any:
     return total
+
+
+class Shifted(nn.Linear):
+    """By a buffer that its `state_dict` leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, bias=False)
+        self.register_buffer("shift", torch.zeros(1), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) + self.shift
+
+
+def test_a_buffer_that_training_changed_counts_though_the_model_s_state_leaves_it_out(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data={"train": "gone", "features": ["a"], "label": "y"}, model={"factory": f"{__name__}:Shifted"}, loss="mse"
+    )
+    model = Shifted()
+    nn.init.ones_(model.weight)
+    path = write(tmp_path / "in.parquet", {"a": np.arange(3, dtype=np.float32), "y": np.full(3, 2.0, np.float32)})
+    for name, shift in (("built", 0.0), ("trained", 2.0)):
+        beside = {"buffer.shift": torch.tensor([shift])} if shift else {}
+        checkpoint = checkpoint_of(tmp_path / name, model, config, ["a"], 1, 1, beside)
+        predict(checkpoint, str(path), tmp_path / f"{name}.parquet")
+        predictions = pq.read_table(tmp_path / f"{name}.parquet")["prediction"].to_pylist()
+        assert predictions == [shift, 1 + shift, 2 + shift]
+        assert evaluate(checkpoint, str(path))["loss"] == pytest.approx(sum((p - 2) ** 2 for p in predictions) / 3)
 
 
 def test_own_model_transform_and_loss(tmp_path: Path) -> None:

@@ -54,6 +54,19 @@ def test_columns_left_out_are_among_the_warnings(tmp_path: Path):
     assert prepare(config(path, features=["x"])).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"schedule": {"name": "CosineAnnealingLR", "T_max": "abc"}}, "schedule.T_max: expected an integer, got 'abc'"),
+        ({"schedule": {"name": "StepLR", "step_size": 0}}, "schedule: .*StepLR refused its values .step_size=0.: "),
+        ({"optimizer": {"name": "Adamm"}}, "optimizer.name: torch.optim has no optimizer 'Adamm'; did you mean Adam"),
+    ],
+)
+def test_what_torch_refuses_is_said_before_anything_is_read(settings: dict[str, Any], said: str):
+    with pytest.raises(ConfigError, match=said):
+        prepare(TrainConfig(data={"train": "nowhere", "label": "y"}, **settings))
+
+
 def test_pixels_are_not_standardized(tmp_path: Path):
     images = []
     for value in (0, 200):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import ray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
-from distrain.checkpoint import CheckpointStore, Found, load
+from distrain.checkpoint import CheckpointStore, Found, Snapshot, load
+from distrain.checkpoint_writer import CheckpointWriter
 from distrain.config import TrainConfig, load_config
 from distrain.errors import (
     CheckpointError,
@@ -21,14 +26,23 @@ from distrain.errors import (
     ClusterError,
     ConfigError,
     DistrainError,
+    Interrupted,
+    ServerLost,
+    TrackingError,
+    TrackingRefused,
+    TrainingCheckpointError,
     TrainingError,
 )
 from distrain.history import check
 from distrain.manifest import seal
-from distrain.progress import RunInfo, SilentProgress
+from distrain.progress import LineProgress, RunInfo, SilentProgress
 from distrain.records import Report
+from distrain.signals import StopSignals
+from distrain.storage import Place
+from distrain.tracking import NullTracker
 from distrain.trainer import Result, Trainer
 from tests.support.jobs import distrain, finish, is_alive, leftovers, start, wait_for, workers_of, write_job
+from tests.support.results import without_a_step
 
 pytestmark = pytest.mark.ray
 
@@ -81,6 +95,148 @@ def test_a_run_ended_in_the_middle_of_an_epoch_resumes_at_another_worker_count(u
     resumed = Trainer.resume(first.checkpoint, ["max_steps=null", "workers.count=2"]).fit()
     assert resumed.steps == 40
     assert resumed.parameters_sha256 == undisturbed.parameters_sha256
+
+
+def test_a_finished_run_that_is_resumed_is_finished(undisturbed: Result):
+    shown = io.StringIO()
+    again = Trainer.resume(str(undisturbed.checkpoint), progress=LineProgress(shown)).fit()
+    assert (again.status, again.steps, again.samples) == ("finished", 40, 0)
+    assert again.parameters_sha256 == undisturbed.parameters_sha256 and again.checkpoint == undisturbed.checkpoint
+    assert again.to_json()["seconds"]["startup"] is None and "finished" in shown.getvalue()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_with_its_code(
+    job: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    def stopped(trainer: Trainer, signals: StopSignals) -> Result:
+        os.kill(os.getpid(), number)
+        wait_for(lambda: trainer._stop_reason, 5, "the stop")
+        return without_a_step(status="stopped", steps=0)
+
+    monkeypatch.setattr(Trainer, "_fit", stopped)
+    with pytest.raises(Interrupted, match="stopped after step 0; go on with: distrain resume ") as caught:
+        Trainer(load_config(job), LineProgress(io.StringIO())).fit()
+    assert caught.value.exit_code == 128 + number
+    assert caught.value.result is not None and caught.value.result.status == "stopped"
+
+
+RoomFor = Callable[[int], list[Place]]
+
+
+@pytest.fixture
+def room_for(monkeypatch: pytest.MonkeyPatch) -> RoomFor:
+    """A disk with room for so many checkpoints. Gives the list of those that were written."""
+    write = CheckpointStore.write
+
+    def fill(count: int) -> list[Place]:
+        written: list[Place] = []
+
+        def until_full(store: CheckpointStore, snapshot: Snapshot, fields: Mapping[str, Any]) -> Place:
+            if len(written) == count:
+                raise CheckpointError("the checkpoint: cannot be written: No space left on device")
+            written.append(write(store, snapshot, fields))
+            return written[-1]
+
+        monkeypatch.setattr(CheckpointStore, "write", until_full)
+        return written
+
+    return fill
+
+
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_1_and_the_way_on(
+    undisturbed: Result, job: Path, room_for: RoomFor, monkeypatch: pytest.MonkeyPatch
+):
+    written = room_for(1)
+    with pytest.raises(TrainingCheckpointError) as caught:
+        fit(job)
+    assert caught.value.exit_code == 1
+    said, _, checkpoint = caught.value.message.partition("go on from the last good checkpoint with: distrain resume ")
+    assert said == "the checkpoint: cannot be written: No space left on device; once that is mended, "
+    assert [checkpoint] == list(map(str, written))
+    monkeypatch.undo()
+    assert Trainer.resume(checkpoint).fit().parameters_sha256 == undisturbed.parameters_sha256
+
+
+def test_a_last_checkpoint_that_is_the_first_says_that_there_is_no_other(cluster: None, job: Path, room_for: RoomFor):
+    room_for(0)
+    with pytest.raises(TrainingCheckpointError, match="there is no other checkpoint: once that is mended, begin"):
+        fit(job, "max_steps=3")
+
+
+def test_a_stopped_run_whose_checkpoint_cannot_be_written_ends_as_stopped(cluster: None, job: Path, room_for: RoomFor):
+    written = room_for(1)
+
+    class Stops(SilentProgress):
+        """Stops the run once it has a checkpoint."""
+
+        stopped = False
+
+        def report(self, report: Report) -> None:
+            if written and not self.stopped:
+                self.stopped = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+    config = load_config(job, ["workers.count=1", "epochs=10000"])
+    with pytest.raises(Interrupted) as caught:
+        Trainer(config, Stops()).fit()
+    assert caught.value.exit_code == 130
+    result = caught.value.result
+    assert result is not None and result.status == "stopped" and [result.checkpoint] == list(map(str, written))
+    assert caught.value.message == (
+        f"stopped after step {result.steps}: the checkpoint: cannot be written: No space left on device; once that is "
+        f"mended, go on from the last good checkpoint with: distrain resume {result.checkpoint}"
+    )
+
+
+def test_a_server_that_dies_with_its_last_snapshot_is_lost(tmp_path: Path, job: Path):
+    class Finished:
+        """A crew that is done, and whose server dies then."""
+
+        failures = 0
+
+        def train(self) -> None:
+            pass
+
+        def watch(self, stop_reason: str | None) -> str:
+            return "the outcome"
+
+        def report(self) -> Report:
+            return Report()
+
+        def take_snapshot(self) -> None:
+            raise ServerLost("it died")
+
+    crew = Finished()
+    writer = CheckpointWriter(CheckpointStore(tmp_path), crew.take_snapshot, dict, print, print)
+    with pytest.raises(ServerLost, match="it died"):
+        Trainer(load_config(job))._watch(crew, writer, NullTracker())
+
+
+def test_a_store_that_refuses_the_run_ends_it_at_its_first_steps(tmp_path: Path, job: Path):
+    class Refusing(NullTracker):
+        def wait_ready(self, timeout_s: float = 60.0) -> str | None:
+            raise TrackingRefused("the experiment was deleted")
+
+        def check(self) -> None:
+            self.wait_ready()
+
+    trainer, crew = Trainer(load_config(job)), SimpleNamespace(train=lambda: None, take_snapshot=lambda: None)
+    writer = CheckpointWriter(CheckpointStore(tmp_path), crew.take_snapshot, dict, print, print)
+    with pytest.raises(TrackingRefused):
+        trainer._watch(crew, writer, Refusing())
+    with pytest.raises(TrackingRefused):  # a run so short that it is over by then
+        trainer._logged_run_id(Refusing())
+
+
+def test_a_store_that_does_not_open_costs_no_run_its_result(job: Path):
+    class Away(NullTracker):
+        def wait_ready(self, timeout_s: float = 60.0) -> str | None:
+            raise TrackingError("no answer")
+
+    notes = Notes()
+    assert Trainer(load_config(job), notes)._logged_run_id(Away()) is None
+    assert notes.said == ["the run is not in MLflow: no answer"]
 
 
 def test_what_decides_the_result_may_only_change_on_request(cluster: None, job: Path):
@@ -216,6 +372,18 @@ def test_a_password_is_given_again_and_not_shown(cluster: None, job: Path):
     assert Trainer.resume(str(checkpoint.path), [given]).config.checkpoint.dir == given.partition("=")[2]
     with pytest.raises(CheckpointError, match=r"checkpoint\.dir: 's3://\*\*\*@bucket/other', and a resumed run keeps"):
         Trainer.resume(str(checkpoint.path), ["checkpoint.dir=s3://key:secret@bucket/other"])
+
+
+def test_a_mistyped_keyword_is_no_change_to_resume_with(tmp_path: Path):
+    config = TrainConfig(data={"train": "rows", "label": "y"})
+    store = CheckpointStore(tmp_path / "run")
+    path = store.write(Snapshot(1, 0, False, save({}), save({}), {}), {"config": config.to_mapping()})
+    with pytest.raises(ConfigError) as error:
+        Trainer.resume(str(path), ["optimizer.lrr=0.1", "epoch=3"])
+    assert error.value.message.splitlines() == [
+        'override "epoch=3": epoch: no such key; did you mean epochs?',
+        'override "optimizer.lrr=0.1": optimizer.lrr: torch.optim.Adam has no such keyword; did you mean lr?',
+    ]
 
 
 @pytest.mark.parametrize("setting", ["checkpoint.dir=elsewhere", "tracking.run_name=x", "tracking.experiment=x"])
@@ -415,12 +583,17 @@ class TestOnItsOwnRay:
         stopped = finish(process)
         assert stopped.code == 143, stopped.stderr
         assert "go on with: distrain resume" in stopped.stderr
+        assert stopped.result["status"] == "stopped" and stopped.result["checkpoint"] in stopped.stderr
         [run] = (tmp_path / "checkpoints").iterdir()
         resumed = distrain("resume", str(run), "workers.count=3", "--json", cwd=tmp_path)
         assert resumed.code == 0, resumed.stderr
         expected = distrain("train", str(job), "workers.count=1", "--json", cwd=tmp_path)
         assert resumed.result["parameters_sha256"] == expected.result["parameters_sha256"]
         assert resumed.result["steps"] == expected.result["steps"] == 800
+        again = distrain("resume", str(run), "workers.count=1", "--json", cwd=tmp_path)
+        assert again.code == 0 and "Traceback" not in again.stderr, again.stderr
+        assert again.result["parameters_sha256"] == resumed.result["parameters_sha256"]
+        assert again.result["seconds"]["startup"] is None
 
         import mlflow
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -17,7 +18,7 @@ from distrain.config import DataConfig
 from distrain.data.columns import Columns
 from distrain.data.files import filesystem, find_files
 from distrain.data.images import Shape, image_shape
-from distrain.data.location import Location
+from distrain.data.location import Location, null_error
 from distrain.data.ragged import RawBatch
 from distrain.data.schema import check_columns, choose_columns, have_columns, left_out
 from distrain.errors import DataError
@@ -26,6 +27,7 @@ _FOOTER_THREADS = 8
 _BATCH_BYTES = 2 << 20  # of one decoded batch: small enough for the cache
 _BUFFER_BYTES = 1 << 20
 _VALUE_BYTES = 4  # of a number, as float32
+_LOOK_ROWS = 1024  # of a batch in which a null is looked for
 _READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError, MemoryError)
 
 
@@ -120,7 +122,8 @@ class Dataset:
                 if position >= stop and stop < group.num_rows:
                     return
         except _READ_ERRORS as error:
-            raise DataError(f"{where}: cannot be read: {_said(error)}") from error
+            null = _null_list(where, (*self.columns.read, *also))
+            raise null or DataError(f"{where}: cannot be read: {_said(error)}") from error
         if position != group.num_rows:
             raise DataError(f"{where}: the footer says {group.num_rows} rows, and {position} came: the file is damaged")
 
@@ -284,6 +287,32 @@ def _with_width(dataset: Dataset) -> Columns:
     if not first:
         raise DataError(f"{where}, column {name!r}, row 0: {'null' if first is None else 'an empty list'}")
     return replace(columns, num_features=len(first))
+
+
+def _null_list(where: Location, names: tuple[str, ...]) -> DataError | None:
+    """The error of a row group's first null among lists of fixed size, if there is one: pyarrow reads no such lists
+    where one of them is null, and names neither column nor row."""
+    files, path = filesystem(where.file)
+    with suppress(*_READ_ERRORS), files.open_input_file(path) as source:
+        footer = pq.read_metadata(source)
+        schema = footer.schema.to_arrow_schema()
+        parquet = pq.ParquetFile(source, metadata=_of_parquets_types(footer), pre_buffer=False)
+        for name in names:
+            if not pa.types.is_fixed_size_list(schema.field(name).type):
+                continue
+            first = 0
+            for batch in parquet.iter_batches(_LOOK_ROWS, [where.row_group], [name], use_threads=False):
+                if batch.column(0).null_count:
+                    return null_error(batch.column(0), name, replace(where, first_row=first))
+                first += batch.num_rows
+    return None
+
+
+def _of_parquets_types(footer: pq.FileMetaData) -> pq.FileMetaData:
+    """A footer without Arrow's own types, which Parquet keeps beside its own: its lists are of any length."""
+    sink = pa.BufferOutputStream()
+    footer.write_metadata_file(sink)
+    return pq.read_metadata(pa.BufferReader(sink.getvalue().to_pybytes().replace(b"ARROW:schema", b"arrow:schema")))
 
 
 def _fingerprint(files: tuple[DataFile, ...], groups: tuple[RowGroup, ...], columns: Columns) -> str:

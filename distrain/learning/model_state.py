@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from distrain.errors import CheckpointError, TrainingError
 
+TRANSIENT = "buffer."  # how the names of the buffers begin that a checkpoint holds beside the model
+
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors of any shape and dtype, each to contiguous memory of its own.
@@ -35,19 +37,33 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return dict(state)
 
 
-def restore_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def transient_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that the model's `state_dict` leaves out: those with `persistent=False`."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+
+
+def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a checkpoint into the model, in place, so that views into shared memory stay views.
+
+    `beside` is what it holds beside the model; of that, the buffers whose names begin with `TRANSIENT` are taken. Of
+    those that `state_dict` leaves out, the ones that are not in the checkpoint stay as they were built.
 
     Raises CheckpointError where names or shapes differ, naming each.
     """
-    own = model.state_dict()
-    problems = [f"{name}: not in the checkpoint" for name in own if name not in tensors]
-    problems += [f"{name}: not in the model" for name in tensors if name not in own]
+    own, transient = model.state_dict(), transient_buffers(model)
+    changed = {n.removeprefix(TRANSIENT): tensor for n, tensor in beside.items() if n.startswith(TRANSIENT)}
+    saved = {**tensors, **changed}
+    problems = [f"{name}: not in the checkpoint" for name in own if name not in saved]
+    problems += [f"{name}: not in the model" for name in saved if name not in own and name not in transient]
     problems += [
-        f"{name}: {list(tensors[name].shape)} in the checkpoint, {list(value.shape)} in the model"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
+        f"{name}: {list(saved[name].shape)} in the checkpoint, {list(value.shape)} in the model"
+        for name, value in (own | transient).items()
+        if name in saved and saved[name].shape != value.shape
     ]
     if problems:
         raise CheckpointError("the checkpoint does not fit the model:\n" + "\n".join(f"  {line}" for line in problems))
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict({name: saved[name] for name in own})
+    for name, buffer in transient.items():
+        if name in saved:
+            buffer.copy_(saved[name])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distrain.config import OptimizerConfig
 from distrain.errors import ConfigError
+from distrain.learning.keywords import misfits, typed
 
 _REFUSED = {
     "LBFGS": "it evaluates the loss several times a step",
@@ -38,52 +39,84 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     With weight decay, biases and the parameters of normalization layers go without, unless `decay_all`. The fused
     implementation is used where torch has one for the CPU. Raises ConfigError for an unknown name, keyword or value.
     """
-    problems = check_optimizer(config)
-    if problems:
-        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
-    kind = getattr(torch.optim, config.name)
+    refuse(check_optimizer(config))
+    try:
+        return _make(model, config)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"optimizer: {refusal(f'torch.optim.{config.name}', config.options, error)}") from error
+
+
+def _make(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    kind = _bare(getattr(torch.optim, config.name))
     signature = inspect.signature(kind).parameters
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in config.options.items()}
-    options["lr"] = config.lr
+    options = {**typed(kind, config.options), "lr": config.lr}
     if "weight_decay" in signature:
         options["weight_decay"] = config.weight_decay
-    groups = _groups(model, config)
-    try:
-        if "fused" in signature:
-            try:
-                return _unprofiled(kind(groups, fused=True, **options))
-            except RuntimeError:  # not on this device
-                pass
-        return _unprofiled(kind(_groups(model, config), **options))
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"optimizer: torch.optim.{config.name} refused its values: {error}") from error
+    if "fused" in signature:
+        with suppress(RuntimeError):  # not on this device
+            return kind(_groups(model, config), **{**options, "fused": True})
+    return kind(_groups(model, config), **options)
 
 
-def _unprofiled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Take off torch's wrapper for profilers and step hooks, neither of which there are: between other processes' work,
-    out of the cache, it is a third of what Adam takes for 75,000 parameters (120 of 400 microseconds)."""
-    bare = optimizer.step.__wrapped__  # type: ignore[attr-defined]
-    optimizer.step = MethodType(bare, optimizer)  # type: ignore[method-assign]
-    return optimizer
+def _bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same class without torch's wrappers. Those of torch.compile load torch._dynamo, which takes a second; that of
+    profilers and step hooks, between other processes' work and out of the cache, is a third of what Adam takes for
+    75,000 parameters (120 of 400 microseconds)."""
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "load_state_dict")}
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    step.hooked = True  # or torch wraps it again
+    return type(kind.__name__, (kind,), {**methods, "step": step})
 
 
 def check_optimizer(config: OptimizerConfig) -> list[tuple[str, str]]:
-    """What is wrong with an optimizer's name and keywords: (key, what), nothing where all is well."""
+    """What is wrong with an optimizer's name, keywords and values: (key, what), nothing where all is well. Values of
+    the right type are tried out, with two updates of two weights."""
     if config.name in _REFUSED:
         return [("optimizer.name", f"{config.name} cannot be used: {_REFUSED[config.name]}")]
     names = optimizer_names()
     if config.name not in names:
         return [("optimizer.name", f"torch.optim has no optimizer {config.name!r}{did_you_mean(config.name, names)}")]
-    signature = set(inspect.signature(getattr(torch.optim, config.name)).parameters)
+    kind = getattr(torch.optim, config.name)
+    signature = set(inspect.signature(kind).parameters)
     known = {*signature - _OURS, *OptimizerConfig.model_fields}
     problems = [
         (f"optimizer.{key}", f"torch.optim.{config.name} has no such keyword{did_you_mean(key, sorted(known))}")
         for key in config.options
-        if key not in signature or key in _OURS
+        if key not in known
     ]
+    problems += [(f"optimizer.{key}", text) for key, text in misfits(kind, config.options).items() if key in known]
     if config.weight_decay and "weight_decay" not in signature:
         problems.append(("optimizer.weight_decay", f"torch.optim.{config.name} has no weight decay"))
+    if not problems:
+        try:
+            optimizer = trial(config)
+            for _ in range(2):
+                optimizer.step()
+        except Exception as error:  # what a value out of bounds raises is torch's own business
+            problems.append(("optimizer", refusal(f"torch.optim.{config.name}", config.options, error)))
     return problems
+
+
+def trial(config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over two weights that have a gradient, in the groups that a model's parameters come in."""
+    # Of two dimensions each, since Muon takes no others.
+    weights = nn.ParameterDict({"weight": torch.ones(1, 1), "bias": torch.ones(1, 1)})
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    return _make(weights, config)
+
+
+def refuse(problems: Sequence[tuple[str, str]]) -> None:
+    """Raise ConfigError where there are problems, (key, what) each."""
+    if problems:
+        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
+
+
+def refusal(name: str, options: Mapping[str, Any], error: Exception) -> str:
+    """What to say where a class of torch raised: of long messages, the first line."""
+    values = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    first = str(error).partition("\n")[0] or type(error).__name__
+    return f"{name} refused its values{f' ({values})' if values else ''}: {first}"
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:

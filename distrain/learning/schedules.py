@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
-from distrain.config import ScheduleConfig
+from distrain.config import OptimizerConfig, ScheduleConfig
 from distrain.errors import ConfigError
-from distrain.learning.optimizers import did_you_mean
+from distrain.learning.keywords import misfits, typed
+from distrain.learning.optimizers import check_optimizer, did_you_mean, refusal, refuse, trial
 
 _REFUSED = {
     "LambdaLR": "it needs a Python function",
@@ -36,11 +37,13 @@ def has_end(config: ScheduleConfig | None) -> bool:
 
 
 def what_comes_after(config: ScheduleConfig | None, num_updates: int) -> str:
-    """What a person should know of a run with more updates than its schedule is for; empty where it has not."""
+    """What a person should know of a run with more updates than its schedule is for; empty where it has not. The
+    schedule is one that `check_schedule` finds nothing wrong with."""
     if config is None or not has_end(config):
         return ""
     keyword, beyond = _ENDS[str(config.name)]
-    length = config.options.get(keyword) or _default_length(config.options)
+    options = typed(getattr(lr_scheduler, str(config.name)), config.options)
+    length = options.get(keyword) or _default_length(options)
     end = config.warmup_steps + length
     if num_updates <= end:
         return ""
@@ -85,8 +88,9 @@ class Schedule:
         elif self._main is not None and not self._by_metric:
             try:
                 self._main.step()
-            except ValueError as error:  # OneCycleLR past its end
-                raise ConfigError(f"schedule: torch.optim.lr_scheduler: {error}") from error
+            except (ValueError, ArithmeticError) as error:  # past OneCycleLR's end, a power that overflows
+                name = f"torch.optim.lr_scheduler.{type(self._main).__name__}"
+                raise ConfigError(f"schedule: {name} has no rate for update {self._steps + 1:,}: {error}") from error
 
     def validated(self, loss: float) -> None:
         """One validation was done: what ReduceLROnPlateau goes by."""
@@ -138,8 +142,15 @@ def schedule_names() -> list[str]:
     )
 
 
-def check_schedule(config: ScheduleConfig | None) -> list[tuple[str, str]]:
-    """What is wrong with a schedule's name and keywords: (key, what), nothing where all is well."""
+def check_optimization(optimizer: OptimizerConfig | None, schedule: ScheduleConfig | None) -> list[tuple[str, str]]:
+    """What is wrong with an optimizer and a schedule: (key, what), nothing where all is well. None is not looked at."""
+    problems = [] if optimizer is None else check_optimizer(optimizer)
+    return problems + check_schedule(schedule, None if problems else optimizer)
+
+
+def check_schedule(config: ScheduleConfig | None, optimizer: OptimizerConfig | None = None) -> list[tuple[str, str]]:
+    """What is wrong with a schedule's name, keywords and values: (key, what), nothing where all is well. With an
+    optimizer, a good one, values of the right type are tried out on it for one update."""
     if config is None:
         return []
     name = config.name
@@ -150,34 +161,57 @@ def check_schedule(config: ScheduleConfig | None) -> list[tuple[str, str]]:
     names = schedule_names()
     if name not in names:
         return [("schedule.name", f"torch.optim.lr_scheduler has no schedule {name!r}{did_you_mean(name, names)}")]
-    if name == "OneCycleLR" and not {"total_steps", "steps_per_epoch"} & config.options.keys():
-        return [("schedule.total_steps", f"missing: torch.optim.lr_scheduler.{name} needs the number of updates")]
-    if name == "ReduceLROnPlateau" and config.options.get("mode", "min") != "min":
-        return [("schedule.mode", "the schedule goes by the validation loss, of which less is better: min")]
     kind = getattr(lr_scheduler, name)
     signature = inspect.signature(kind).parameters
     known = {*signature, *ScheduleConfig.model_fields} - {"optimizer", "last_epoch"}
-    return [
+    problems = [
         (f"schedule.{key}", f"torch.optim.lr_scheduler.{name} has no such keyword{did_you_mean(key, sorted(known))}")
         for key in config.options
         if key not in known
-    ] + [
+    ]
+    problems += [
         (f"schedule.{key}", f"missing: torch.optim.lr_scheduler.{name} needs it")
         for key, parameter in signature.items()
         if parameter.default is parameter.empty and key != "optimizer" and key not in config.options
     ]
+    problems += [(f"schedule.{key}", text) for key, text in misfits(kind, config.options).items() if key in known]
+    if name == "OneCycleLR" and not {"total_steps", "steps_per_epoch"} & config.options.keys():
+        problems.append(
+            ("schedule.total_steps", f"missing: torch.optim.lr_scheduler.{name} needs the number of updates")
+        )
+    if name == "ReduceLROnPlateau" and config.options.get("mode", "min") != "min":
+        problems.append(("schedule.mode", "the schedule goes by the validation loss, of which less is better: min"))
+    if optimizer is not None and not problems:
+        problems += _try(config, optimizer)
+    return problems
+
+
+def _try(config: ScheduleConfig, optimizer: OptimizerConfig) -> list[tuple[str, str]]:
+    """What torch has against a schedule's values, found by one update."""
+    tried = trial(optimizer)
+    try:
+        schedule = _make(tried, config)
+        tried.step()
+        schedule.step(*((1.0,) if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else ()))
+    except Exception as error:  # what a value out of bounds raises is torch's own business
+        return [("schedule", refusal(f"torch.optim.lr_scheduler.{config.name}", config.options, error))]
+    return []
 
 
 def _build(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:
-    problems = check_schedule(config)
-    if problems:
-        raise ConfigError("\n".join(f"{key}: {text}" for key, text in problems))
+    refuse(check_schedule(config))
     if config.name is None:
         return None
     try:
-        return getattr(lr_scheduler, config.name)(optimizer, **config.options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule: torch.optim.lr_scheduler.{config.name} refused its values: {error}") from error
+        return _make(optimizer, config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        what = refusal(f"torch.optim.lr_scheduler.{config.name}", config.options, error)
+        raise ConfigError(f"schedule: {what}") from error
+
+
+def _make(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:
+    kind = getattr(lr_scheduler, str(config.name))
+    return kind(optimizer, **typed(kind, config.options))
 
 
 def _is_plain(value: Any) -> bool:
@@ -189,8 +223,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _from_json(scheduler: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Undo what JSON does to a schedule's state: MultiStepLR counts milestones by integer keys."""
+    """Undo what JSON does to a schedule's state: MultiStepLR counts milestones by integer keys. (Older checkpoints
+    may have whole floats.)"""
     if isinstance(scheduler, lr_scheduler.MultiStepLR):
         counter = type(scheduler.milestones)
-        return {**state, "milestones": counter({int(k): v for k, v in state["milestones"].items()})}
+        return {**state, "milestones": counter({int(float(k)): v for k, v in state["milestones"].items()})}
     return state

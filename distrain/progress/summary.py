@@ -51,8 +51,8 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     add("samples/s", "samples_per_second", "{:,.0f}")
     if values.get("train_loss") is not None:
         rows.append(("train loss", number(values["train_loss"])))
-    if values.get("validation"):
-        rows.append(("validation", metrics_line({k: v for k, v in values["validation"].items() if v is not None})))
+    if metrics := _known(values.get("validation")):
+        rows.append(("validation", metrics_line(metrics)))
     if values.get("overfitting"):
         rows.append(("note", str(values["overfitting"])))
     rows += [("warning", str(warning)) for warning in values.get("warnings") or ()]
@@ -62,12 +62,16 @@ def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
                      f"{plural(left_out, 'row')}"))  # fmt: skip
     if values.get("worker_failures"):
         rows.append(("workers lost", f"{values['worker_failures']:,}"))
-    seconds = values.get("seconds") or {}
-    if seconds:
+    if seconds := _known(values.get("seconds")):
         rows.append(("time", ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())))
     add("checkpoint", "checkpoint")
     add("MLflow run", "run_id")
     return rows
+
+
+def _known(numbers: Mapping[str, float | None] | None) -> dict[str, float]:
+    """Those that are not null."""
+    return {name: value for name, value in (numbers or {}).items() if value is not None}
 
 
 def _commands(values: Mapping[str, Any], standing: Standing | None) -> list[tuple[str, str]]:
@@ -80,7 +84,7 @@ def _commands(values: Mapping[str, Any], standing: Standing | None) -> list[tupl
         run = values["checkpoint"].rpartition("/")[0]  # its folder, or URI
         if values.get("status") != "finished":
             commands.append((f"distrain resume {run}", "go on from the last checkpoint"))
-        elif info is not None and info.train_on:
+        elif info is not None and info.train_on and values["steps"] >= info.total_steps:  # no rule ended it
             commands.append((f"distrain resume {run} {info.train_on}", "train on"))
         commands.append((f"distrain evaluate {values['checkpoint']} DATA", "measure it on other data"))
     return commands

@@ -217,7 +217,9 @@ class Loop:
                 self._go_on()  # where a validation was waited for
                 self._snapshot()
         else:
-            if not self._agenda.finished:
+            if self._stopping.ended is not None:
+                reason = self._stopping.ended
+            elif not self._agenda.finished:
                 reason = f"max_steps, {self._settings.max_steps:,}, are done"
         if self._validation_plan is not None and status == "finished" and self._validated_at != self.step:
             self._validate(is_extra=True)
@@ -243,7 +245,8 @@ class Loop:
         )
 
     def _done(self) -> bool:
-        return self._agenda.finished or self.step >= (self._settings.max_steps or math.inf)
+        is_full = self._agenda.finished or self.step >= (self._settings.max_steps or math.inf)
+        return is_full or self._stopping.ended is not None
 
     @property
     def _is_time_over(self) -> bool:
@@ -492,7 +495,7 @@ class Loop:
                 epoch=self._agenda.epoch,
                 epoch_finished=self._epoch_ended,
                 model=exported,
-                optimizer=copied({**tensors, **self._server.stale(self.step)}),
+                optimizer=copied({**tensors, **self._server.beside(self.step)}),
                 state=state,
                 metrics=dict(metrics),
                 is_best=self._best_at == self.step,

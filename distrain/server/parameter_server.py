@@ -22,7 +22,7 @@ from distrain.learning.annealing import GradientNoise
 from distrain.learning.averaging import AveragedWeights
 from distrain.learning.clipping import PIECE, Norm, clip_, global_norm, total_norm
 from distrain.learning.diagnostics import LayerWatch
-from distrain.learning.model_state import restore_model
+from distrain.learning.model_state import TRANSIENT, restore_model, transient_buffers
 from distrain.learning.optimizers import build_optimizer
 from distrain.learning.penalties import Penalty
 from distrain.learning.schedules import build_schedule
@@ -140,6 +140,8 @@ class ParameterServer:
         stop = self.layout.int_buffers[0].start if self.layout.int_buffers else self.layout.num_floats
         self._float_buffers = slice(start, stop)
         self._first_buffers = self.current.floats[self._float_buffers].clone()
+        published = self.current.named()
+        self._first_transient = {name: published[name].clone() for name in transient_buffers(model)}
 
     def scale_after(self, step: int) -> float:
         """The loss scale of a round that reads the parameters after update `step`; 0: the loss is not scaled."""
@@ -327,13 +329,16 @@ class ParameterServer:
             return len(self.published)
         return read % len(self.published)
 
+    @property
+    def _exported(self) -> Published:
+        return self.current if self._averaged is None else self._averaged.published
+
     @contextmanager
     def exported(self) -> Iterator[nn.Module]:
         """The model as it is validated, saved and handed out, for the time of a `with`: with its buffers, and with the
         averaged weights where there are any."""
-        source = self.current if self._averaged is None else self._averaged.published
-        source.adopt_parameters(self.model, copy_in=False)
-        published = source.named()
+        self._exported.adopt_parameters(self.model, copy_in=False)
+        published = self._exported.named()
         for name, buffer in self.model.named_buffers():
             buffer.copy_(published[name])
         try:
@@ -353,15 +358,20 @@ class ParameterServer:
         if published is not self.current:
             self.current.floats[: self.span.start] = published.floats[: self.span.start]
 
-    def stale(self, step: int) -> dict[str, Tensor]:
-        """What the updates after `step` need beside the exported model: by name, for a checkpoint. With staleness the
-        parameters of earlier updates; with averaging the weights that are trained."""
-        kept: dict[str, Tensor] = {}
+    def beside(self, step: int) -> dict[str, Tensor]:
+        """What a checkpoint of update `step` holds beside the exported model's `state_dict`, by name: the buffers that
+        this leaves out, where they have changed; with staleness the parameters of earlier updates; with averaging the
+        weights that are trained."""
+        published = self._exported.named()
+        kept = {
+            TRANSIENT + name: published[name]
+            for name, first in self._first_transient.items()  # a mask that stays as it was built costs nothing
+            if not torch.equal(published[name], first)
+        }
         if self._averaged is not None:
             kept |= _prefixed("trained.", self.current)
         for earlier in range(max(0, step - len(self.published) + 1), step):
-            published = self.published[earlier % len(self.published)]
-            kept |= _prefixed(f"published.{earlier}.", published)
+            kept |= _prefixed(f"published.{earlier}.", self.published[earlier % len(self.published)])
         return kept
 
     def state_dict(self) -> dict[str, Any]:
@@ -375,23 +385,23 @@ class ParameterServer:
         if self.loss_scale is not None and state.get("loss_scale") is not None:
             self.loss_scale.load_state_dict(state["loss_scale"])
 
-    def restore(self, step: int, model: Mapping[str, Tensor], stale: Mapping[str, Tensor]) -> None:
-        """Go on after update `step`: the model as a checkpoint holds it, and what `stale` gave.
+    def restore(self, step: int, model: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> None:
+        """Go on after update `step`: the model as a checkpoint holds it, and what `beside` gave.
 
         Raises CheckpointError where they do not fit.
         """
-        restore_model(self.model, model)
+        restore_model(self.model, model, beside)
         self.current.store_buffers(self.model)
         if self._averaged is not None:
             self._averaged.published.copy_from(self.current)
-            if any(name.startswith("trained.") for name in stale):  # else it begins to average here
-                _take("trained.", self.current, stale)
+            if any(name.startswith("trained.") for name in beside):  # else it begins to average here
+                _take("trained.", self.current, beside)
         if (place := self.published[step % len(self.published)]) is not self.current:
             place.copy_from(self.current)
             self.wire.round_parameters(place, self.layout.whole)
         for earlier in range(max(0, step - len(self.published) + 1), step):
             published = self.published[earlier % len(self.published)]
-            _take(f"published.{earlier}.", published, stale)
+            _take(f"published.{earlier}.", published, beside)
             self.wire.round_parameters(published, self.layout.whole)
 
 

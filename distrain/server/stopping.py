@@ -35,7 +35,8 @@ class Stopping:
 
     A target ends the run at the first validation that reaches it. Convergence (`loss_change`, `grad_norm`) looks at
     means over `window` steps; early stopping at `patience` validations in a row that did not improve the metric by
-    `min_delta`. `is_best` says whether the last validation was the best so far, by however little.
+    `min_delta`. `is_best` says whether the last validation was the best so far, by however little. `ended` is why the
+    run was ended, if it was: going on by the same rules, it is over.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Stopping:
         self._early = early
         self._target = target
         self._convergence = convergence
+        rules = {"early_stopping": early, "convergence": convergence, "target": target}
+        self._rules = {name: rule.model_dump(mode="json") for name, rule in rules.items() if rule is not None}
         window = convergence.window if convergence is not None else 1
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._norms: deque[float] = deque(maxlen=window)
@@ -55,9 +58,25 @@ class Stopping:
         self.is_best = False
         self._best: float | None = None  # the last that counted as better
         self._stale = 0
+        self.ended: str | None = None
 
     def stepped(self, loss: float, grad_norm: float) -> str | None:
         """Take one step's loss and gradient norm. Returns the reason to stop, if there is one."""
+        return self._end(self._converged(loss, grad_norm))
+
+    def validated(self, metrics: dict[str, float]) -> str | None:
+        """Take one validation's metrics. Returns the reason to stop, if there is one."""
+        value = metrics.get(self._metric, math.nan)
+        self.is_best = better(self._metric, value, self._top)
+        if self.is_best:
+            self._top = value
+        return self._end(self._at_target(metrics) or self._stalled(value))
+
+    def _end(self, why: str | None) -> str | None:
+        self.ended = why or self.ended
+        return why
+
+    def _converged(self, loss: float, grad_norm: float) -> str | None:
         rule = self._convergence
         if rule is None:
             return None
@@ -77,15 +96,13 @@ class Stopping:
                 )
         return None
 
-    def validated(self, metrics: dict[str, float]) -> str | None:
-        """Take one validation's metrics. Returns the reason to stop, if there is one."""
-        value = metrics.get(self._metric, math.nan)
-        self.is_best = better(self._metric, value, self._top)
-        if self.is_best:
-            self._top = value
-        if self._target is not None and reached(self._target, metrics):
-            name = self._target.metric
-            return f"validation {name} {metrics[name]:.6g} reached the target, {self._target.value:g}"
+    def _at_target(self, metrics: Mapping[str, float]) -> str | None:
+        if self._target is None or not reached(self._target, metrics):
+            return None
+        name = self._target.metric
+        return f"validation {name} {metrics[name]:.6g} reached the target, {self._target.value:g}"
+
+    def _stalled(self, value: float) -> str | None:
         rule = self._early
         if rule is None:
             return None
@@ -103,10 +120,14 @@ class Stopping:
         return {
             "losses": list(self._losses), "norms": list(self._norms),
             "best": self._best, "stale": self._stale, "top": self._top, "metric": self._metric,
+            "ended": self.ended, "rules": self._rules,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave. By other rules than then, a run that was ended is not over."""
         self._losses.extend(state["losses"])
         self._norms.extend(state["norms"])
         if state.get("metric", self._metric) == self._metric:
             self._best, self._stale, self._top = state["best"], state["stale"], state.get("top")
+        if state.get("rules") == self._rules:
+            self.ended = state.get("ended")

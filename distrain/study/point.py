@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from distrain.jsonable import jsonable
+
 PARTS = ("data", "compute", "waiting", "exchange", "update")
 
 
@@ -89,7 +91,7 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able values; what is not finite becomes null."""
-        return _plain(asdict(self))
+        return jsonable(asdict(self))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Point:
@@ -108,11 +110,3 @@ class Point:
 
 def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -3,6 +3,7 @@
 from distrain.tracking.comparison import compare_runs
 from distrain.tracking.description import DatasetDescription, ModelInput, RunDescription
 from distrain.tracking.local import check_reachable
+from distrain.tracking.opening import check_opens
 from distrain.tracking.study import ParentRun, open_parent, read_parent
 from distrain.tracking.tracker import MlflowTracker, NullTracker, Tracker, make_tracker
 from distrain.tracking.ui import open_ui
@@ -15,6 +16,7 @@ __all__ = [
     "ParentRun",
     "RunDescription",
     "Tracker",
+    "check_opens",
     "check_reachable",
     "compare_runs",
     "make_tracker",

@@ -7,11 +7,14 @@ import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from distrain.errors import TrackingError
 
 _TIMEOUT_S = 5.0
+_SQLITE = b"SQLite format 3\0"  # a database begins so
+_DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # that MLflow takes, beside SQLite, and their ports
 
 
 def is_server(uri: str) -> bool:
@@ -35,26 +38,34 @@ def database_folder(uri: str) -> Path | None:
 def check_reachable(uri: str) -> None:
     """Find out within about 10 s, and without importing MLflow, whether the tracking store can be there.
 
-    Raises TrackingError when it cannot: a server that does not answer or is none of MLflow's, a database whose host
-    does not answer, a folder that cannot be written, a URI of a kind that MLflow does not take.
+    Raises TrackingError when it cannot: a server that does not answer or is none of MLflow's, a database whose driver
+    is not installed, that does not answer or does not let us in, a folder that cannot be written, a file that is no
+    database, a URI of a kind that MLflow does not take. Whether a server takes our credentials is not asked.
     """
-    path, parts = database_path(uri), urlsplit(uri)
+    path, scheme = database_path(uri), urlsplit(uri).scheme
     if path is not None:
-        _check_writable(path)
+        _check_file(path)
     elif is_server(uri):
         _check_server(uri.rstrip("/"))
-    elif parts.scheme.partition("+")[0] in ("postgresql", "mysql", "mssql"):
-        _check_port(uri, parts.hostname, parts.port or {"mysql": 3306, "mssql": 1433}.get(parts.scheme, 5432))
-    elif parts.scheme in ("", "file"):
+    elif scheme.partition("+")[0] in _DATABASES:
+        _check_database(uri)
+    elif scheme in ("", "file"):
         raise TrackingError(f"tracking.uri {uri}: MLflow keeps no runs in folders any more; use sqlite:///mlflow.db")
 
 
-def _check_writable(path: Path) -> None:
+def _check_file(path: Path) -> None:
     there = path
     while not there.exists():  # MLflow makes the folders that are missing
         there = there.parent
-    if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+    if not os.access(there, os.R_OK | os.W_OK) or there.is_dir() is (there == path):
         raise TrackingError(f"tracking.uri: {path}: {there} cannot be written")
+    if there == path:
+        with path.open("rb") as file:
+            begins = file.read(len(_SQLITE))
+        if begins not in (b"", _SQLITE):  # MLflow would look again and again, for minutes
+            raise TrackingError(
+                f"tracking.uri: {path}: not an SQLite database; name another file, or move this one away"
+            )
 
 
 def _check_server(uri: str) -> None:
@@ -73,12 +84,34 @@ def _check_server(uri: str) -> None:
         raise TrackingError(f"no MLflow server answers at {uri}: {reason}") from error
 
 
-def _check_port(uri: str, host: str | None, port: int) -> None:
-    connection = http.client.HTTPConnection(host or "localhost", port, timeout=_TIMEOUT_S)
+def _check_database(uri: str) -> None:
+    """Connect, since MLflow tries a wrong password again for minutes; with drivers other than libpq's to the port."""
+    from sqlalchemy import make_url  # here, since it takes a moment, and few have such a URI
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
     try:
-        connection.connect()
-    except OSError as error:
-        # The URI may hold a password.
-        raise TrackingError(f"no database answers at {host}:{port} (tracking.uri): {error}") from error
-    finally:
-        connection.close()
+        url = make_url(uri)
+        dialect = url.get_dialect()
+        driver: Any = dialect.import_dbapi()
+    except (NoSuchModuleError, ImportError) as error:
+        scheme = uri.partition(":")[0]
+        hint = "; pip install 'distrain[postgres]', and write postgresql+psycopg://" if "postgres" in scheme else ""
+        raise TrackingError(f"tracking.uri: no driver for {scheme}: {error}{hint}") from error
+    except (ArgumentError, ValueError) as error:
+        raise TrackingError(
+            "tracking.uri: not the URI of a database, postgresql+psycopg://USER@HOST/NAME say"
+        ) from error
+    host, port = url.host or "localhost", url.port or _DATABASES[url.get_backend_name()]
+    try:
+        if dialect.driver in ("psycopg", "psycopg2"):
+            arguments, settings = dialect().create_connect_args(url)
+            driver.connect(*arguments, **{"connect_timeout": round(_TIMEOUT_S), **settings}).close()
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)
+            connection.connect()
+            connection.close()
+    except Exception as error:  # of the driver's own kind
+        text = str(error).strip() or type(error).__name__
+        raise TrackingError(
+            f"tracking.uri: no connection to the database at {host}:{port}: {text.splitlines()[0]}"
+        ) from error

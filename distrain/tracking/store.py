@@ -11,8 +11,8 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Dataset as DatasetEntity
 from mlflow.entities import (
     DatasetInput,
+    Experiment,
     InputTag,
     LoggedModelOutput,
     LoggedModelStatus,
@@ -39,10 +40,10 @@ from torch import nn
 
 from distrain import __version__
 from distrain.credentials import redacted
-from distrain.errors import TrackingError
+from distrain.errors import TrackingError, TrackingRefused
 from distrain.tracking.description import DatasetDescription, ModelInput, RunDescription
 from distrain.tracking.export import export_model
-from distrain.tracking.local import database_folder
+from distrain.tracking.local import check_reachable, database_folder, is_server
 from distrain.tracking.logged_model import mlflow_type, save_model
 from distrain.tracking.thinning import Point, legal
 
@@ -51,6 +52,8 @@ _DIGEST_CHARS = 16  # MLflow allows 36 and shows them all; the profile has the w
 _MAX_SCHEMA_CHARS = 1_000_000
 _BATCH = 1000  # metrics in one call
 _SMALL_BATCH = 100  # params or tags in one call
+_NO_CREDENTIALS = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+_WITHOUT = "or go on without MLflow: tracking.enabled=false"
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of 50 migrations
@@ -70,16 +73,16 @@ class MlflowRun:
     def open(cls, uri: str, experiment: str, description: RunDescription) -> MlflowRun:
         """Create the run, or take up that of `description.resume_run_id`, and describe it.
 
-        Raises TrackingError when the store cannot be opened, or does not have the run.
+        Raises TrackingRefused when the store wants other credentials, has no such run to take up, or says no to what it
+        is given; TrackingError when it cannot be opened.
         """
-        try:
+        with _told_of(uri):
             client = open_store(uri)
             if description.resume_run_id is None:
                 experiment_id = _experiment_id(client, uri, experiment)
                 run = client.create_run(experiment_id, run_name=description.run_name, tags=_origin_tags())
             else:
-                client.update_run(description.resume_run_id, status="RUNNING")
-                run = client.get_run(description.resume_run_id)
+                run = _take_up(client, description.resume_run_id)
             opened = cls(client, run)
             try:
                 opened._describe(description, run)
@@ -88,11 +91,7 @@ class MlflowRun:
                     with suppress(Exception):
                         client.delete_run(run.info.run_id)
                 raise
-        except TrackingError:
-            raise
-        except Exception as error:
-            raise TrackingError(f"MLflow at {redacted(uri)}: {first_line(error)}") from error
-        return opened
+            return opened
 
     def _describe(self, description: RunDescription, before: Run) -> None:
         sha256, config_name = description.config_sha256, "config.yaml"
@@ -205,8 +204,17 @@ class MlflowRun:
 
 
 def open_store(uri: str) -> MlflowClient:
-    """Connect to a store; one in a database that is new gets its tables (about 2 s of processor)."""
+    """Connect to a store; one in a database that is new gets its tables (about 2 s of processor). Raises TrackingError
+    where a database is out of reach."""
+    if not is_server(uri):
+        check_reachable(uri)  # MLflow would try again for minutes
     return MlflowClient(uri, registry_uri=uri)
+
+
+def check_experiment(uri: str, experiment: str) -> None:
+    """Open the store, and see that a run can be made in the experiment. Makes neither. Raises as `MlflowRun.open`."""
+    with _told_of(uri):
+        _find_experiment(open_store(uri), experiment)
 
 
 def open_run(uri: str, run_id: str) -> MlflowRun:
@@ -261,10 +269,10 @@ def _find_run(client: MlflowClient, experiment: str, reference: str) -> Run:
 def is_permanent(error: Exception) -> bool:
     """Whether trying again is useless: the store is there and says no, or what it was given could not be made."""
     codes = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST",
-             "INVALID_STATE", "PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND", "NOT_FOUND"}  # fmt: skip
+             "INVALID_STATE", "ENDPOINT_NOT_FOUND", "NOT_FOUND", *_NO_CREDENTIALS}  # fmt: skip
     if isinstance(error, MlflowException):
-        return error.error_code in codes
-    return isinstance(error, TypeError | LookupError | AttributeError)
+        return error.error_code in codes or "mlflow db upgrade" in error.message
+    return isinstance(error, TypeError | LookupError | AttributeError | ImportError)
 
 
 def is_refused(error: Exception) -> bool:
@@ -281,11 +289,53 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0][:300]
 
 
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+@contextmanager
+def _told_of(uri: str) -> Iterator[None]:
+    """Raises whatever opening the store raises as TrackingError, TrackingRefused where trying again is useless."""
+    where = f"MLflow at {redacted(uri)}"
+    try:
+        yield
+    except TrackingRefused as error:
+        raise TrackingRefused(f"{where}: {error.message}") from error
+    except TrackingError:
+        raise
+    except Exception as error:  # MLflow, its database driver and its file systems raise what they like
+        advice = ""
+        if isinstance(error, MlflowException) and error.error_code in _NO_CREDENTIALS:
+            advice = (
+                "; its credentials go into the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "MLFLOW_TRACKING_TOKEN"
+            )
+        kind = TrackingRefused if is_permanent(error) else TrackingError
+        raise kind(f"{where}: {first_line(error)}{advice}") from error
+
+
+def _take_up(client: MlflowClient, run_id: str) -> Run:
+    """A run that is there, running again."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise TrackingRefused(
+            f"run {run_id} is not there; name the store that has it, tracking.uri, {_WITHOUT}"
+        ) from error
+    if run.info.lifecycle_stage == "deleted":
+        raise TrackingRefused(f"run {run_id} was deleted; restore it, {_WITHOUT}")
+    client.update_run(run_id, status="RUNNING")
+    return run
+
+
+def _find_experiment(client: MlflowClient, name: str) -> Experiment | None:
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise TrackingRefused(f"the experiment {name!r} was deleted; restore it, or change tracking.experiment")
+    return found
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    found = _find_experiment(client, name)
     if found is not None:
-        if found.lifecycle_stage == "deleted":
-            raise TrackingError(f"the experiment {name!r} was deleted; restore it, or change tracking.experiment")
         return found.experiment_id
     folder = database_folder(uri)
     # Beside the database: MLflow's own default is the folder the process happens to run in.

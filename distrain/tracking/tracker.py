@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote
 
-from distrain.errors import TrackingError
+from distrain.errors import TrackingError, TrackingRefused
 from distrain.process import run_in_the_background
 from distrain.records import Event, StepRecord, ValidationRecord
 from distrain.tracking.description import ModelInput, RunDescription
@@ -51,6 +52,10 @@ class Tracker(Protocol):
     def wait_ready(self, timeout_s: float = 60.0) -> str | None:
         """Wait for the run to exist and return its id. Raises TrackingError when it cannot be created."""
 
+    def check(self) -> None:
+        """Raise TrackingRefused where the store's first answer was a no: that ends a run, which has only begun then. A
+        store that does not answer ends none, and is not waited for."""
+
     def step(self, record: StepRecord) -> None: ...
 
     def validation(self, record: ValidationRecord) -> None: ...
@@ -85,6 +90,9 @@ class NullTracker:
 
     def wait_ready(self, timeout_s: float = 60.0) -> str | None:
         return None
+
+    def check(self) -> None:
+        pass
 
     def step(self, record: StepRecord) -> None:
         pass
@@ -127,8 +135,9 @@ def make_tracker(
 class MlflowTracker:
     """Writes one run to MLflow from its own thread, in batches every 2 s.
 
-    `spool_dir`: where points wait while the store is away, in mlflow-<run id>.jsonl (None or a URI: the folder for
-    temporary files). `notify` gets what a person should know, from that thread (default: a log warning).
+    `spool_dir`: where points wait while the store is away, in mlflow-<run id>.jsonl, and those of a run that the store
+    never opened for, in mlflow-unopened.jsonl (None or a URI: the folder for temporary files). Who resumes the run
+    delivers them. `notify` gets what a person should know, from that thread (default: a log warning).
     """
 
     def __init__(
@@ -142,6 +151,8 @@ class MlflowTracker:
         self._description = run
         is_local = spool_dir is not None and "://" not in str(spool_dir)
         self._spool_dir = Path(str(spool_dir)) if is_local else Path(tempfile.gettempdir())
+        unopened = "unopened" if is_local else quote(str(spool_dir or run.run_name), safe="")
+        self._waiting = self._spool(run.resume_run_id or unopened)
         self._notify = notify or logging.getLogger("distrain").warning
         self._inbox = Inbox(settings.every_steps)
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -184,6 +195,12 @@ class MlflowTracker:
             self._is_error_told = True
             raise self._error
         return self.run_id
+
+    def check(self) -> None:
+        """See Tracker."""
+        if isinstance(self._error, TrackingRefused):
+            self._is_error_told = True
+            raise self._error
 
     def step(self, record: StepRecord) -> None:
         """Take in a step. Microseconds, whatever the store does."""
@@ -264,40 +281,71 @@ class MlflowTracker:
         self._wanted.wait()
         if self._is_given_up:
             return
-        while (writer := self._try_to_open()) is None:
-            if self._stop.wait(_RETRY_S):
-                return
+        writer = self._try_to_open() or self._try_again()
+        if writer is None:
+            return
         while not self._stop.wait(_FLUSH_S):
             writer.deliver()
         self._is_complete = writer.end(self._final_status)
 
+    def _try_again(self) -> Writer | None:
+        """The writer, once the store opens; None where it refused the run, or never opened. What is told waits."""
+        assert self._error is not None
+        if isinstance(self._error, TrackingRefused):
+            return None
+        self._notify(f"{self._error.message}; trying again every {_RETRY_S:g} s, and the run's points wait")
+        self._is_error_told = True
+        while not self._stop.wait(_RETRY_S):
+            if (writer := self._try_to_open()) is not None:
+                self._notify(f"MLflow's store has opened: this is its run {self.run_id}")
+                return writer
+        self._keep()
+        return None
+
+    def _keep(self) -> None:
+        """Spool what waits, for who resumes the run."""
+        points = self._inbox.take_points(0, 0, finish=True)
+        try:
+            self._waiting.append(points)
+        except OSError as error:
+            self._notify(f"{len(points)} points for MLflow are lost: {error}")
+        else:
+            self._notify(f"{len(points)} points for MLflow wait in {self._waiting.path} for the run to be resumed")
+
     def _try_to_open(self) -> Writer | None:
-        """The writer; None, with the reason kept, where the store does not open. What is told meanwhile waits."""
+        """The writer; None, with the reason kept, where the store does not open."""
+        writer = error = None
         try:
             writer = self._open()
-        except TrackingError as error:
-            self._error = error
-        except Exception as error:
-            self._error = TrackingError(f"MLflow could not be started: {type(error).__name__}: {error}")
-        else:
-            self._error = None
-            return writer
-        finally:
-            self._ready.set()
-        return None
+        except TrackingError as raised:
+            error = raised
+        except ImportError as raised:
+            error = TrackingRefused(f"MLflow cannot be loaded: {raised}")
+        except Exception as raised:
+            error = TrackingError(f"MLflow could not be started: {type(raised).__name__}: {raised}")
+        if error is not None and self._ready.is_set():
+            error = TrackingError(error.message)  # not the first answer: a no is of a store that was away
+        self._error = error
+        self._ready.set()
+        return writer
 
     def _open(self) -> Writer:
         # Here, since importing MLflow takes seconds.
         from distrain.tracking.store import MlflowRun
         from distrain.tracking.writer import Writer
 
-        run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._description)
-        spool = Spool(self._spool_dir / f"mlflow-{run.run_id}.jsonl")
+        if self._run is None:  # else it was made, and what followed failed
+            self._run = MlflowRun.open(self._settings.uri, self._settings.experiment, self._description)
+        spool = self._spool(self._run.run_id)
+        if self._waiting:
+            self._waiting.path.replace(spool.path)
+        self._waiting = spool
         system = self._system_metrics() if self._settings.system_metrics else None
-        is_resumed = self._description.resume_run_id is not None
-        writer = Writer(run, self._inbox, spool, self._notify, is_resumed, system)
-        self._run = run
-        return writer
+        is_resumed = self._description.resume_run_id is not None or bool(spool)
+        return Writer(self._run, self._inbox, spool, self._notify, is_resumed, system)
+
+    def _spool(self, name: str) -> Spool:
+        return Spool(self._spool_dir / f"mlflow-{name}.jsonl")
 
     def _system_metrics(self) -> SystemMetrics | None:
         """What watches the machine. Whatever keeps it from that costs no point of the run."""

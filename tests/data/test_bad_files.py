@@ -190,9 +190,32 @@ class TestSchemas:
         path = write(tmp_path / "c.parquet", x=pa.array([None, [1.0]]))
         assert refused(path, features="x") == f"{path}: row group 0, column 'x', row 0: null"
 
+    @pytest.mark.parametrize(("num_rows", "row"), [(20, 6), (5000, 0), (5000, 4321)])
+    @pytest.mark.parametrize("width", [1, 3])
+    def test_a_null_among_lists_of_fixed_size(self, tmp_path: Path, num_rows: int, row: int, width: int):
+        """pyarrow reads none of them, and says neither that one is null nor of which column and row."""
+        rows: list[Any] = [[0.5] * width] * num_rows
+        rows[row] = None
+        table = pa.table({"label": [0] * 2 * num_rows, "x": pa.array([[0.5] * width] * num_rows + rows, _fixed(width))})
+        path = tmp_path / "a.parquet"
+        pq.write_table(table, path, row_group_size=num_rows)
+        said = f"{path}: row group 1, column 'x', row {row}: null; fill it in or leave the row out"
+        assert refused(path, features="x") == said
+
+    def test_a_null_list_that_only_predictions_keep_is_named(self, tmp_path: Path):
+        lists = {"x": pa.array([[1.0], [2.0]], _fixed(1)), "kept": pa.array([[1.0], None], _fixed(1))}
+        path = write(tmp_path / "a.parquet", **lists)
+        dataset = opened(path, features="x")
+        with pytest.raises(DataError, match="row group 0, column 'kept', row 1: null"):
+            list(dataset.read_beside(0, 0, 2, also=("kept",)))
+
     def test_a_feature_named_twice(self, tmp_path: Path):
         path = write(tmp_path / "a.parquet", x=[1.0, 2.0])
         assert refused(path, features=["x", "x"]) == f"{path}: data.features names column 'x' more than once"
+
+
+def _fixed(width: int) -> pa.DataType:
+    return pa.list_(pa.float32(), width)
 
 
 class TestLeftOut:

@@ -15,6 +15,7 @@ import pytest
 from distrain.progress import LineProgress, RunInfo, SilentProgress, TerminalProgress, make_progress
 from distrain.records import Event, Report
 from tests.support.records import START_MS, step, validation
+from tests.support.results import without_a_step
 from tests.support.terminal import terminal
 
 INFO = RunInfo("a-run", total_steps=1000, steps_per_epoch=100, epochs=10, num_rows=6400, batch_size=64,
@@ -100,16 +101,18 @@ def test_the_summary_leads_to_the_page(uri, told):
     stream = io.StringIO()
     progress = LineProgress(stream)
     progress.started(replace(INFO, tracking_uri=uri, train_on="epochs=20"))
-    progress.finished(RESULT | {"status": "finished"})
+    progress.finished(RESULT | {"status": "finished", "steps": INFO.total_steps})
     assert told in stream.getvalue()
     assert "distrain resume checkpoints/a-run epochs=20  " in stream.getvalue()
 
 
-def test_the_summary_offers_to_train_on_only_where_that_would_do_something():
+@pytest.mark.parametrize("train_on, steps", [("", 1000), ("epochs=20", 400)])
+def test_the_summary_offers_to_train_on_only_where_that_would_do_something(train_on, steps):
     stream = io.StringIO()
     progress = LineProgress(stream)
-    progress.started(INFO)
-    progress.finished(RESULT | {"status": "finished", "checkpoint": "s3://bucket/runs/a-run/step-400"})
+    progress.started(replace(INFO, train_on=train_on))
+    result = {"status": "finished", "steps": steps, "checkpoint": "s3://bucket/runs/a-run/step-400"}
+    progress.finished(RESULT | result)
     assert "distrain resume" not in stream.getvalue()
     assert "distrain evaluate s3://bucket/runs/a-run/step-400 DATA" in stream.getvalue()
 
@@ -134,6 +137,17 @@ def test_a_summary_of_little_says_little():
     stream = io.StringIO()
     LineProgress(stream).finished(Result())
     assert stream.getvalue().split() == ["status", "finished"]
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped"])
+def test_a_run_without_a_step_has_a_summary_as_well(status):
+    stream, (console, shown) = io.StringIO(), terminal(110)
+    for progress in (LineProgress(stream), TerminalProgress(console)):
+        progress.started(INFO)
+        progress.finished(without_a_step(status=status))
+    for text in (stream.getvalue(), re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue())):
+        assert re.search(r"time +training 0:00, total 0:05", text)
+        assert "startup" not in text and "nan" not in text and "validation" not in text
 
 
 def test_live_lines_on_a_terminal():

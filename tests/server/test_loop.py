@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -639,6 +642,56 @@ def test_early_stopping_and_convergence_end_a_run():
     assert run.outcome.step == 6 and run.outcome.reason.startswith("converged: the loss changed by")
 
 
+@pytest.mark.parametrize(
+    ("name", "rule", "other"),
+    [
+        ("early_stopping", EarlyStoppingConfig(patience=2, min_delta=1.0), EarlyStoppingConfig(patience=9)),
+        ("convergence", ConvergenceConfig(loss_change=10.0, window=3), ConvergenceConfig(loss_change=1e-9, window=3)),
+        ("target", TargetConfig(metric="loss", value=100.0), TargetConfig(metric="loss", value=1e-9)),
+    ],
+)
+def test_a_run_that_a_rule_ended_is_over_until_the_rule_is_another(name: str, rule: object, other: object):
+    first, _ = train(job(epochs=9, **{name: rule}))
+    last, ended = snapshots_of(first)[-1], first.outcome
+    assert last.step == ended.step < 9 * 9
+    for epochs in (9, 20):
+        again = resumed(last, job(epochs=epochs, **{name: rule}))
+        assert (again.outcome.status, again.outcome.reason) == ("finished", ended.reason)
+        assert (again.outcome.step, again.outcome.parameters_sha256) == (ended.step, ended.parameters_sha256)
+        assert (again.outcome.validation, again.outcome.train_loss) == (ended.validation, ended.train_loss)
+        assert not snapshots_of(again)
+    for now in (None, other):
+        on = resumed(last, job(epochs=9, max_steps=ended.step + 2, **{name: now}))
+        assert on.outcome.step == ended.step + 2 and on.outcome.reason.startswith("max_steps")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["step", "validation"]), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20
+    )
+)
+def test_stopping_does_not_know_of_breaks(events: list[tuple[str, float, float]]):
+    rules = (
+        EarlyStoppingConfig(patience=2),
+        ConvergenceConfig(loss_change=0.01, grad_norm=0.2, window=2),
+        TargetConfig(value=0.9),
+    )
+    whole, broken = Stopping(*rules), Stopping(*rules)
+    for kind, loss, other in events:
+        for stopping in (whole, broken):
+            if kind == "step":
+                why = stopping.stepped(loss, other)
+            else:
+                why = stopping.validated({"loss": loss, "accuracy": other})
+        assert broken.ended == whole.ended == why
+        state = json.loads(json.dumps(broken.state_dict()))
+        broken = Stopping(*rules)
+        broken.load_state_dict(state)
+        assert broken.state_dict() == whole.state_dict() == state
+        if why is not None:
+            break
+
+
 def test_early_stopping_on_another_metric_begins_to_count_anew():
     by_loss = Stopping(EarlyStoppingConfig(patience=2), None, None)
     assert by_loss.validated({"loss": 2.1, "accuracy": 0.5}) is None
@@ -708,11 +761,12 @@ def test_masks_are_buffers_that_do_not_change(staleness: int, averaging: Averagi
 class Running(nn.Module):
     """Follows its features' mean, and counts, in buffers: in place, or by putting new tensors into theirs."""
 
-    def __init__(self, in_place: bool, count: float) -> None:
+    def __init__(self, in_place: bool, count: float, persistent: bool) -> None:
         super().__init__()
         self.in_place, self.step = in_place, count
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(4), persistent)
+        self.register_buffer("count", torch.tensor(0), persistent)
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent)  # which stays as it is
         self.last = nn.Linear(4, 1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -725,9 +779,9 @@ class Running(nn.Module):
         return self.last(features - self.mean)
 
 
-def running(in_place: bool, count: float = 1) -> nn.Module:
+def running(in_place: bool, count: float = 1, persistent: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    return Running(in_place, count)
+    return Running(in_place, count, persistent)
 
 
 def running_job(**arguments) -> Job:
@@ -741,6 +795,22 @@ def test_buffers_that_are_replaced_are_followed_as_those_changed_in_place(num_wo
     run, _ = train(running_job(in_place=False), num_workers)
     assert run.outcome.parameters_sha256 == train(running_job(in_place=True))[0].outcome.parameters_sha256
     assert dict(run.server.model.named_buffers())["mean"].any()
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("averaging", [None, AveragingConfig(decay=0.9)])
+def test_buffers_that_a_state_dict_leaves_out_come_back_too(staleness: int, averaging: AveragingConfig | None):
+    made = replace(running_job(in_place=True, persistent=False), averaging=averaging)
+    whole, half = (replace(made, loop=replace(made.loop, staleness=staleness, max_steps=n)) for n in (None, 13))
+    persistent = replace(running_job(in_place=True), averaging=averaging, loop=whole.loop)
+    last = snapshots_of(train(half)[0])[-1]
+    expected = train(whole)[0].outcome
+    again = resumed(last, whole).outcome
+    assert again.parameters_sha256 == expected.parameters_sha256 == train(persistent)[0].outcome.parameters_sha256
+    assert again.validation == expected.validation
+    running(in_place=True, persistent=False).load_state_dict(load(last.model))
+    beside = [name for name in load(last.optimizer) if name.startswith("buffer.")]
+    assert sorted(beside) == ["buffer.count", "buffer.mean"], "the mask is as it was built"
 
 
 def test_a_buffer_that_becomes_another_kind_of_tensor_is_refused():

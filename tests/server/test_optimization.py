@@ -71,7 +71,7 @@ def test_the_average_is_that_of_its_formula_and_is_validated_saved_and_exported(
     torch.testing.assert_close(saved[name], mean, rtol=1e-5, atol=1e-6)
     assert not torch.equal(saved[name], trained[-1][name])
     model = build_task(the_job.task).model
-    restore_model(model, saved)
+    restore_model(model, saved, {})
     assert parameters_sha256(model) == run.outcome.parameters_sha256
 
     # What was validated is what was saved.
@@ -133,7 +133,7 @@ def test_the_learning_rate_follows_the_batch_size(how: str, factor: float):
         ),
         ({"averaging": {"decay": 1}}, "averaging.decay: must be less than 1, got 1"),
         ({"gradient_noise": {"etta": 1}}, "gradient_noise.etta: no such key; did you mean eta?"),
-        ({"restarts": 2}, "restarts needs data.validation"),
+        ({"restarts": 2}, "restarts: needs data.validation"),
     ],
 )
 def test_what_does_not_fit_is_said(values: dict, said: str):

@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import socket
-import threading
+import sys
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from distrain.errors import TrackingError
 from distrain.tracking import local
 from distrain.tracking.local import check_reachable, database_folder, database_path
-
-
-@pytest.fixture
-def web_server():
-    """A server that answers everything with `answer`, (status, text)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            status, text = server.answer
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.answer = (200, b"{}")
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def free_port() -> int:
@@ -81,12 +57,60 @@ def test_a_server_that_hangs_fails_within_the_timeout(monkeypatch):
         check_reachable(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
 
-def test_a_database_server_is_reached_by_its_port_and_its_password_is_not_told():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        check_reachable(f"postgresql+psycopg://me:secret@127.0.0.1:{listener.getsockname()[1]}/runs")
-    with pytest.raises(TrackingError, match="no database answers at") as caught:
-        check_reachable(f"postgresql://me:secret@127.0.0.1:{free_port()}/runs")
+def test_a_database_whose_driver_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(TrackingError, match=r"psycopg.*pip install 'distrain\[postgres\]'") as caught:
+        check_reachable("postgresql+psycopg://me:secret@127.0.0.1/runs")
     assert "secret" not in caught.value.message
+    with pytest.raises(TrackingError, match=r"no driver for mysql\+unheard: "):
+        check_reachable("mysql+unheard://127.0.0.1/runs")
+    with pytest.raises(TrackingError, match="not the URI of a database"):
+        check_reachable("mysql://127.0.0.1:port/runs")
+
+
+def test_a_database_that_lets_nobody_in(monkeypatch):
+    """MLflow would try a wrong password ten times, within two minutes."""
+    asked = []
+
+    def connect(**settings):
+        asked.append(settings)
+        if settings["password"] == "right":
+            return SimpleNamespace(close=lambda: None)
+        raise OSError('FATAL:  password authentication failed for user "me"\nand more')
+
+    driver = SimpleNamespace(connect=connect)
+    monkeypatch.setattr("sqlalchemy.dialects.postgresql.psycopg.PGDialect_psycopg.import_dbapi", lambda: driver)
+    check_reachable("postgresql+psycopg://me:right@there/runs")
+    with pytest.raises(TrackingError) as caught:
+        check_reachable("postgresql+psycopg://me:wrong@there:99/runs?connect_timeout=1")
+    assert caught.value.message == (
+        'tracking.uri: no connection to the database at there:99: FATAL:  password authentication failed for user "me"'
+    )
+    assert [each["connect_timeout"] for each in asked] == [5, "1"]
+    assert {key: asked[0][key] for key in ("host", "user", "dbname")} == {
+        "host": "there",
+        "user": "me",
+        "dbname": "runs",
+    }
+
+
+def test_another_database_server_is_reached_by_its_port(monkeypatch):
+    monkeypatch.setattr("sqlalchemy.dialects.mysql.pymysql.MySQLDialect_pymysql.import_dbapi", lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        check_reachable(f"mysql+pymysql://me:secret@127.0.0.1:{listener.getsockname()[1]}/runs")
+    with pytest.raises(TrackingError, match=r"no connection to the database at .*refused") as caught:
+        check_reachable(f"mysql+pymysql://me:secret@127.0.0.1:{free_port()}/runs")
+    assert "secret" not in caught.value.message
+
+
+def test_a_file_that_is_no_database_is_said(tmp_path):
+    (tmp_path / "empty.db").touch()
+    check_reachable(f"sqlite:///{tmp_path}/empty.db")
+    (tmp_path / "notes.txt").write_text("these are no tables")
+    with pytest.raises(TrackingError, match=r"notes\.txt: not an SQLite database"):
+        check_reachable(f"sqlite:///{tmp_path}/notes.txt")
+    with pytest.raises(TrackingError, match="cannot be written"):
+        check_reachable(f"sqlite:///{tmp_path}")
 
 
 def test_a_sqlite_file_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):

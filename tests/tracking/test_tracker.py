@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from distrain.config import TrackingConfig
-from distrain.errors import TrackingError
+from distrain.errors import TrackingError, TrackingRefused
 from distrain.records import Event
 from distrain.tracking import DatasetDescription, ModelInput, NullTracker, RunDescription, make_tracker
 from distrain.tracking import writer as writing
@@ -173,32 +174,150 @@ def test_resuming_goes_on_with_the_same_run(store, client):
     assert {"config.yaml", "config-resumed-99999999.yaml"} <= names
 
 
-def test_a_run_that_is_not_there_cannot_be_resumed(store):
-    tracker, notes = track(store, replace(DESCRIPTION, resume_run_id="f" * 32))
-    with pytest.raises(TrackingError, match=r"f{32}.*not found"):
+def refused(tracker):
+    """What a run is told that the store says no to at once."""
+    with pytest.raises(TrackingRefused) as caught:
         tracker.wait_ready()
+    with pytest.raises(TrackingRefused):
+        tracker.check()
     assert not tracker.finish("FAILED")
+    return caught.value.message
+
+
+def test_a_run_that_is_not_there_cannot_be_resumed(store, client):
+    tracker, notes = track(store, replace(DESCRIPTION, resume_run_id="f" * 32))
+    assert refused(tracker) == (
+        f"MLflow at {store}: run {'f' * 32} is not there; name the store that has it, tracking.uri, or go on without "
+        "MLflow: tracking.enabled=false"
+    )
     assert notes == []  # it was raised
-
-
-def test_an_error_that_nobody_waited_for_is_said_at_the_end(tmp_path):
-    (tmp_path / "file").write_text("")
-    tracker, notes = track(f"sqlite:///{tmp_path}/file/mlflow.db")
-    assert not tracker.finish("FINISHED")
-    assert len(notes) == 1
-    assert "file/mlflow.db" in notes[0]
+    gone = client(store).create_run("0").info.run_id
+    client(store).delete_run(gone)
+    tracker, _ = track(store, replace(DESCRIPTION, resume_run_id=gone))
+    assert f"run {gone} was deleted; restore it, or " in refused(tracker)
 
 
 def test_a_deleted_experiment_is_said(store, client):
     client(store).delete_experiment(client(store).create_experiment("gone"))
     tracker, _ = track(store, experiment="gone")
-    with pytest.raises(TrackingError, match="'gone' was deleted"):
+    assert refused(tracker).endswith("the experiment 'gone' was deleted; restore it, or change tracking.experiment")
+
+
+def test_a_server_that_wants_credentials(web_server):
+    web_server.answer = (401, b"You are not authenticated.")
+    tracker, _ = track(f"http://127.0.0.1:{web_server.server_port}")
+    said = refused(tracker)
+    assert "You are not authenticated" in said and "MLFLOW_TRACKING_USERNAME" in said and "\n" not in said
+
+
+def test_a_refusal_that_nobody_waited_for_is_said_at_the_end(store):
+    tracker, notes = track(store, replace(DESCRIPTION, resume_run_id="f" * 32))
+    assert not tracker.finish("FINISHED")
+    assert len(notes) == 1 and "f" * 32 in notes[0]
+
+
+def test_a_server_in_trouble_ends_no_run_and_is_said_at_once(web_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    web_server.answer = (503, b"coming up")
+    notes = []
+    settings = TrackingConfig(uri=f"http://127.0.0.1:{web_server.server_port}")
+    tracker = make_tracker(settings, DESCRIPTION, tmp_path, notes.append)
+    tracker.start()
+    _wait_until(lambda: notes)
+    tracker.check()
+    assert notes[0].startswith(f"MLflow at {settings.uri}: ") and "trying again every 15 s" in notes[0]
+    assert not tracker.finish("FINISHED")
+
+
+@pytest.fixture
+def late_store(tmp_path, empty_database):
+    """The URI of a store that does not open, and what makes it open."""
+    folder = tmp_path / "folder"
+    folder.write_text("in its place")
+
+    def appear():
+        folder.unlink()
+        folder.mkdir()
+        shutil.copy(empty_database, folder / "mlflow.db")
+
+    return f"sqlite:///{folder}/mlflow.db", appear
+
+
+def test_a_store_that_opens_late_gets_everything(late_store, client, tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.tracking.tracker._RETRY_S", 0.05)
+    uri, appear = late_store
+    notes = []
+    tracker = make_tracker(TrackingConfig(uri=uri, every_steps=1), DESCRIPTION, tmp_path, notes.append)
+    tracker.start()
+    tracker.step(step(1))
+    _wait_until(lambda: notes)
+    assert "folder cannot be written; trying again" in notes[0]
+    appear()
+    _wait_until(lambda: tracker.run_id is not None)
+    tracker.step(step(2))
+    assert tracker.finish("FINISHED")
+    assert steps_of(client, uri, tracker.run_id) == [1, 2]
+    assert notes[1:] == [f"MLflow's store has opened: this is its run {tracker.run_id}"]
+
+
+def test_a_store_that_opens_late_and_says_no_ends_no_run(late_store, client, tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.tracking.tracker._RETRY_S", 0.05)
+    uri, appear = late_store
+    notes = []
+    lost = replace(DESCRIPTION, resume_run_id="f" * 32)
+    tracker = make_tracker(TrackingConfig(uri=uri), lost, tmp_path, notes.append)
+    tracker.start()
+    _wait_until(lambda: notes)
+    appear()
+
+    def answer():
+        with pytest.raises(TrackingError) as caught:
+            tracker.wait_ready()
+        return caught.value
+
+    _wait_until(lambda: "is not there" in answer().message)
+    assert not isinstance(answer(), TrackingRefused)
+    tracker.check()
+    assert not tracker.finish("FINISHED")
+
+
+def test_points_of_a_run_that_the_store_never_opened_for_reach_it_when_the_run_is_resumed(late_store, client, tmp_path):
+    uri, appear = late_store
+    settings, notes = TrackingConfig(uri=uri, every_steps=1), []
+    tracker = make_tracker(settings, DESCRIPTION, tmp_path, notes.append)
+    tracker.start()
+    for number in range(1, 11):
+        tracker.step(step(number))
+    with pytest.raises(TrackingError):
         tracker.wait_ready()
-    tracker.finish("FAILED")
+    assert not tracker.finish("KILLED")
+    spool = tmp_path / "mlflow-unopened.jsonl"
+    num_points = len(spool.read_text().splitlines())
+    assert notes[1:] == [f"{num_points} points for MLflow wait in {spool} for the run to be resumed"]
+    appear()
+    again = make_tracker(settings, DESCRIPTION, tmp_path, notes.append)
+    again.start()
+    for number in range(6, 16):  # the checkpoint was older than the last point
+        again.step(step(number, time_ms=START_MS + 99_000 + number))
+    assert again.finish("FINISHED") and len(notes) == 2
+    assert steps_of(client, uri, again.run_id) == list(range(1, 16))
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == []
 
 
-def test_passwords_are_not_told():
-    tracker, _ = track("postgresql://me:secret@127.0.0.1:1/runs")
+def test_points_that_cannot_be_kept_are_counted(late_store, tmp_path):
+    notes = []
+    (tmp_path / "file").touch()
+    tracker = make_tracker(TrackingConfig(uri=late_store[0]), DESCRIPTION, tmp_path / "file" / "run", notes.append)
+    tracker.start()
+    tracker.step(step(1))
+    assert not tracker.finish("FINISHED")
+    assert "points for MLflow are lost: " in notes[1]
+
+
+def test_passwords_are_not_told(tmp_path):
+    settings = TrackingConfig(uri="postgresql://me:secret@127.0.0.1:1/runs")
+    tracker = make_tracker(settings, DESCRIPTION, tmp_path)
+    tracker.start()
     with pytest.raises(TrackingError) as caught:
         tracker.wait_ready()
     assert "secret" not in caught.value.message
@@ -273,6 +392,7 @@ def test_tracking_switched_off_does_nothing():
     assert isinstance(tracker, NullTracker)
     tracker.start()
     assert tracker.wait_ready() is None
+    tracker.check()
     tracker.step(step(1))
     tracker.validation(validation(1))
     tracker.event(Event(0, "lost", "x"))
