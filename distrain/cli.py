@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distrain import __version__
-from distrain.errors import ConfigError, DistrainError, Interrupted
+from distrain.errors import ConfigError, DistrainError
 from distrain.jsonable import jsonable
 
 if TYPE_CHECKING:
@@ -440,8 +440,10 @@ def submit(config: Path, overrides: tuple[str, ...], name: str | None, no_wait: 
     from distrain.jobs import Jobs
 
     jobs = Jobs(address)
-    goes_on = loaded.resume == "auto" or loaded.restarts is not None
-    job_id = jobs.submit(config, overrides, loaded.tracking.run_name if goes_on else None)
+    run = loaded.tracking.run_name if loaded.resume == "auto" or loaded.restarts is not None else None
+    if run is not None and "dir" in loaded.checkpoint.model_fields_set:  # else where the cluster says
+        run = f"{loaded.checkpoint.dir}/{run}"
+    job_id = jobs.submit(config, overrides, run)
     if no_wait:
         click.echo(job_id)
         return
@@ -579,12 +581,12 @@ def _check_torch_names(optimizer: OptimizerConfig | None, schedule: ScheduleConf
 
 
 def _fit(trainer: Trainer, as_json: bool) -> None:
-    """Train, and print the result; that of a run that a signal stopped too."""
+    """Train, and print the result; where there is one, that of a run too which ends with an error, or was stopped."""
     try:
         result = trainer.fit()
-    except Interrupted as stopped:
-        if stopped.result is not None:
-            _print_result(stopped.result.to_json(), as_json)
+    except DistrainError as error:
+        if error.result is not None:
+            _print_result(error.result.to_json(), as_json)
         raise
     _print_result(result.to_json(), as_json)
 

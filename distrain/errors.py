@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 class DistrainError(Exception):
     """Base of all errors meant for the user. Takes one message; survives pickling, so Ray can carry it.
 
-    `exit_code` is what the command line exits with.
+    `exit_code` is what the command line exits with. `result`: of a run that trained nevertheless.
     """
 
     exit_code = 1
+    result: Result | None = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -101,7 +102,7 @@ class DivergenceError(DistrainError):
 class Interrupted(DistrainError):
     """The run was stopped by a signal; it wrote a checkpoint first. Exit code 128 + signal number.
 
-    `result` is how far it came; None where it was stopped before it could train.
+    It has no result where it was stopped before it could train.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGINT, result: Result | None = None) -> None:

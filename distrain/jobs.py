@@ -40,7 +40,7 @@ _STOP_S = _GRACE_S + 30.0  # for a job that was asked to stop to have ended
 _PAUSE_S = 0.5
 _PATIENCE_S = 60.0  # for a dashboard that went away to come back
 _SILENCE_S = 60.0  # then the log is asked for anew: a connection that broke unseen is silent too
-_RUN_NAME = "distrain.run_name"  # in a job's metadata
+_RUN = "distrain.run"  # in a job's metadata
 # Of the folder that travels, what is data or output. Folders only at its top, where they are made: a package's module
 # may be called so. Ray itself leaves out .git, .venv, venv and __pycache__.
 _EXCLUDES = ["*.parquet", "*.db", "*.safetensors", "/checkpoints", "/mlartifacts", "/mlruns"]
@@ -81,14 +81,15 @@ class Jobs:
             with _asked(self.address):
                 self._client = JobSubmissionClient(self.address)
 
-    def submit(self, path: Path, overrides: Sequence[str], run_name: str | None = None) -> str:
+    def submit(self, path: Path, overrides: Sequence[str], run: str | None = None) -> str:
         """Submit a training, and return the job's id.
 
         The current folder travels along, without data and checkpoints, so that the configuration and the user's modules
         are there. The job runs in a copy of it, and takes relative paths from the folder itself: they have to mean the
         same on the cluster. Where it tracks and keeps checkpoints is the cluster's to say (MLFLOW_TRACKING_URI,
-        DISTRAIN_CHECKPOINT_DIR) unless the configuration does. `run_name`: of the run that the job goes on with, if it
-        goes on with one. Raises ConfigError where a job trains that run already, or the folder cannot travel.
+        DISTRAIN_CHECKPOINT_DIR) unless the configuration does. `run`: the name or folder of the run that the job goes
+        on with, if it goes on with one. Raises ConfigError where a job trains that run already, or the folder cannot
+        travel.
         """
         here = Path.cwd()
         if not path.resolve().is_relative_to(here.resolve()):
@@ -104,9 +105,9 @@ class Jobs:
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_GRACE_S)},
         }
         metadata = {}
-        if run_name is not None:
-            self._check_not_running(run_name)
-            metadata[_RUN_NAME] = run_name
+        if run is not None:
+            self._check_not_running(run)
+            metadata[_RUN] = run
         until = time.monotonic() + _AGENT_S
         with self._reaching():
             while True:
@@ -143,7 +144,7 @@ class Jobs:
             try:
                 state = self.state(job_id)
                 if has_ended(state):
-                    out(self.logs(job_id)[num_said:])
+                    self._rest(job_id, num_said, out, say)
                     return state
                 position = 0  # each connection begins with the log's first line
                 for text in self._tail(job_id):
@@ -166,6 +167,13 @@ class Jobs:
         """Ask a job to stop: it finishes its step and writes a checkpoint. False where it had ended already."""
         with self._reaching(job_id):
             return bool(self._client.stop_job(job_id))
+
+    def _rest(self, job_id: str, num_said: int, out: Callable[[str], None], say: Callable[[str], None]) -> None:
+        """Hand out what a job that has ended said after so many characters."""
+        try:
+            out(self.logs(job_id)[num_said:])
+        except _OutOfReach as error:  # such as of a node that is gone
+            say(f"the end of the job's log may be missing: {error.message}")
 
     def wait_until_stopped(self, job_id: str) -> JobState:
         """Wait for the end of a job that was asked to stop, and return how it ended. Raises ClusterError where it has
@@ -195,14 +203,14 @@ class Jobs:
         except (OSError, http.client.HTTPException) as error:
             raise ClusterError(f"no Ray dashboard answers as it should at {self.address}: {error}") from error
 
-    def _check_not_running(self, run_name: str) -> None:
+    def _check_not_running(self, run: str) -> None:
         with self._reaching():
             jobs = self._client.list_jobs()
         for job in jobs:
-            if (job.metadata or {}).get(_RUN_NAME) == run_name and not job.status.is_terminal():
+            if (job.metadata or {}).get(_RUN) == run and not job.status.is_terminal():
                 name = job.submission_id
                 raise ConfigError(
-                    f"job {name} is {job.status.value} and trains {run_name!r}: follow it with distrain logs {name} "
+                    f"job {name} is {job.status.value} and trains {run}: follow it with distrain logs {name} "
                     f"--follow, end it with distrain stop {name} and submit again, or give this run another name"
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -12,6 +13,8 @@ from pathlib import Path
 from distrain.errors import CheckpointError
 from distrain.storage import Place
 
+_NAMES = Path("/proc/net/unix")
+
 
 @contextmanager
 def run_lock(folder: Place) -> Iterator[None]:
@@ -20,21 +23,22 @@ def run_lock(folder: Place) -> Iterator[None]:
     It holds between processes that share a network namespace, such as the jobs of a cluster, whose drivers run on its
     head, and leaves nothing behind however its holder ends. Raises CheckpointError where the run is trained already.
     """
-    where = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as holder:
         try:
-            holder.bind(f"\0distrain-run-{hashlib.sha256(where.encode()).hexdigest()}")  # lives as long as its socket
+            holder.bind(f"\0{_name(folder)}")  # lives as long as its socket
         except OSError as error:
-            raise CheckpointError(
-                f"{folder}: another process of this machine trains this run now; wait for its end, or stop it"
-            ) from error
+            why = "another process of this machine trains this run now; wait for its end, or stop it"
+            if error.errno != errno.EADDRINUSE:
+                why = f"the run cannot be held against other processes: {error.strerror}"
+            raise CheckpointError(f"{folder}: {why}") from error
         yield
 
 
 def is_trained(folder: Place) -> bool:
-    """Whether another process of this machine trains the run of a folder now."""
-    try:
-        with run_lock(folder):
-            return False
-    except CheckpointError:
-        return True
+    """Whether a process of this machine trains the run of a folder now."""
+    return f"@{_name(folder)}\n" in _NAMES.read_text()
+
+
+def _name(folder: Place) -> str:
+    where = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+    return f"distrain-run-{hashlib.sha256(where.encode()).hexdigest()}"

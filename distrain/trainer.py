@@ -41,6 +41,7 @@ from distrain.errors import (
     Interrupted,
     ServerLost,
     TrackingError,
+    TrackingRefused,
     TrainingCheckpointError,
 )
 from distrain.final_model import log_model
@@ -135,6 +136,7 @@ class Trainer:
         self._first_step_ms = 0  # Unix time of this run's first update
         self._written = checkpoint.path if checkpoint is not None else None  # the last checkpoint
         self._unwritten: CheckpointError | None = None  # why there is none of the step at which the run ended
+        self._refused: TrackingRefused | None = None  # what MLflow's store said
         self._lost_at: float | None = None  # Unix seconds: a server died, and its steps are not all done again
         self._lost_servers = 0
         self._warnings: list[str] = []
@@ -193,10 +195,11 @@ class Trainer:
 
         Raises ConfigError or DataError before anything starts, ClusterError or TrackingError where those are out of
         reach, TrainingError when the user's code fails, DivergenceError when the loss does, TrainingCheckpointError
-        when the last checkpoint cannot be written, and Interrupted, which holds the result, after a signal.
+        when the last checkpoint cannot be written, and Interrupted after a signal. These hold the `result`, where there
+        is one.
         """
         try:
-            with run_lock(self._folder), StopSignals(lambda: self.stop("stopped by a signal")) as signals:
+            with StopSignals(lambda: self.stop("stopped by a signal")) as signals:
                 result = self._fit(signals)
             result = replace(result, seconds={**result.seconds, "total": time.time() - self._began})
             self._progress.finished(result)
@@ -207,8 +210,10 @@ class Trainer:
             if self._unwritten is not None:
                 message = f"stopped after step {result.steps}: {self._way_on(self._unwritten)}"
             raise Interrupted(message, signals.received, result)
-        if self._unwritten is not None:
-            raise TrainingCheckpointError(self._way_on(self._unwritten))
+        error = self._refused if self._unwritten is None else TrainingCheckpointError(self._way_on(self._unwritten))
+        if error is not None:
+            error.result = result
+            raise error
         return result
 
     def _fit(self, signals: StopSignals) -> Result:
@@ -226,6 +231,11 @@ class Trainer:
                 if is_superseded(self._checkpoint.path):
                     self._branch(self._checkpoint.path)
             self._note_other_bits(self._checkpoint)
+        with run_lock(self._folder):
+            return self._run(preparation, signals)
+
+    def _run(self, preparation: Preparation, signals: StopSignals) -> Result:
+        config = self.config
         if config.tracking.enabled:
             check_reachable(config.tracking.uri)
         self._last_step = preparation.total_steps
@@ -409,7 +419,8 @@ class Trainer:
         outcome = None
         try:
             while outcome is None:
-                tracker.check()
+                if self._stop_reason is None:
+                    tracker.check()
                 outcome = crew.watch(self._stop_reason)
                 self._report(crew.report(), crew.failures, writer, tracker)
         finally:
@@ -618,12 +629,12 @@ class Trainer:
         return tracker.run_id
 
     def _logged_run_id(self, tracker: Tracker) -> str | None:
-        """MLflow's id of the run, at its end. A store that did not open costs the run's points, not its result. One
-        that refused it is an error, for a short run too."""
+        """MLflow's id of the run, at its end. A store that did not open costs the run's points, not its result. That it
+        refused the run is said once all else is done."""
         try:
             return tracker.wait_ready()
         except TrackingError as error:
-            tracker.check()
+            self._refused = error if isinstance(error, TrackingRefused) else None
             self._progress.note(f"the run is not in MLflow: {error.message}")
             return None
 
@@ -671,6 +682,7 @@ class Trainer:
             datasets=datasets,
             run_name=self.run_name,
             resume_run_id=resumed_run,
+            is_resumed=self._checkpoint is not None and not self._is_branch,
         )
 
     def _run_info(self, preparation: Preparation, num_parameters: int) -> RunInfo:

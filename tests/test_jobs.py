@@ -16,7 +16,7 @@ import mlflow
 import pytest
 import requests
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray._private.runtime_env.packaging import create_package
 from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -214,6 +214,7 @@ REFUSED = [requests.ConnectionError("refused"), RuntimeError("Request failed wit
         max_size=6,
     )
 )
+@settings(deadline=None)
 def test_a_log_is_followed_whole_and_once_however_connections_break(connections: list[Connection | Exception]):
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -288,8 +289,11 @@ def test_a_run_that_a_job_trains_is_not_trained_by_another(
     client.metadata, client.submitted = client.submitted["metadata"], None
     refused = CliRunner().invoke(main, ["submit", "job.yaml", *named])
     assert refused.exit_code == 2 and client.submitted is None
-    assert "job one is RUNNING and trains 'steady': follow it with distrain logs one --follow" in refused.stderr
-    assert CliRunner().invoke(main, ["submit", "job.yaml", "tracking.run_name=steady", "--no-wait"]).exit_code == 0
+    trained = f"job one is RUNNING and trains {tmp_path}/checkpoints/steady"
+    assert f"{trained}: follow it with distrain logs one --follow" in refused.stderr
+    elsewhere = [["tracking.run_name=steady"], [*named, "checkpoint.dir=other"]]
+    for another in elsewhere:
+        assert CliRunner().invoke(main, ["submit", "job.yaml", *another, "--no-wait"]).exit_code == 0
     client.connections = []  # it has ended
     assert CliRunner().invoke(main, ["submit", "job.yaml", *named, "--no-wait"]).exit_code == 0
 

@@ -37,12 +37,13 @@ from distrain.history import check
 from distrain.manifest import seal
 from distrain.progress import LineProgress, RunInfo, SilentProgress
 from distrain.records import Report
+from distrain.run_lock import is_trained
 from distrain.signals import StopSignals
 from distrain.storage import Place
 from distrain.tracking import NullTracker
 from distrain.trainer import Result, Trainer
 from tests.support.jobs import distrain, finish, is_alive, leftovers, start, wait_for, workers_of, write_job
-from tests.support.results import without_a_step
+from tests.support.results import result, without_a_step
 
 pytestmark = pytest.mark.ray
 
@@ -221,12 +222,34 @@ def test_a_store_that_refuses_the_run_ends_it_at_its_first_steps(tmp_path: Path,
         def check(self) -> None:
             self.wait_ready()
 
-    trainer, crew = Trainer(load_config(job)), SimpleNamespace(train=lambda: None, take_snapshot=lambda: None)
-    writer = CheckpointWriter(CheckpointStore(tmp_path), crew.take_snapshot, dict, print, print)
+    crew = SimpleNamespace(train=lambda: None, watch=lambda reason: reason, report=Report, failures=0)
+
+    def writer() -> CheckpointWriter:
+        return CheckpointWriter(CheckpointStore(tmp_path), lambda: None, dict, print, print)
+
+    trainer = Trainer(load_config(job))
     with pytest.raises(TrackingRefused):
-        trainer._watch(crew, writer, Refusing())
-    with pytest.raises(TrackingRefused):  # a run so short that it is over by then
-        trainer._logged_run_id(Refusing())
+        trainer._watch(crew, writer(), Refusing())
+    trainer.stop("asked first")  # which ends it with a checkpoint
+    assert trainer._watch(crew, writer(), Refusing()) == "asked first"
+
+
+def test_a_run_that_was_over_before_its_store_refused_it_has_its_result(job: Path, monkeypatch: pytest.MonkeyPatch):
+    class Refusing(NullTracker):
+        def wait_ready(self, timeout_s: float = 60.0) -> str | None:
+            raise TrackingRefused("the experiment was deleted")
+
+    trainer = Trainer(load_config(job))
+
+    def run(*_: Any) -> Result:
+        assert is_trained(trainer._folder) and trainer._logged_run_id(Refusing()) is None
+        return result()
+
+    monkeypatch.setattr(trainer, "_run", run)
+    with pytest.raises(TrackingRefused, match="the experiment was deleted") as refused:
+        trainer.fit()
+    assert refused.value.result is not None and refused.value.result.steps == 40
+    assert not is_trained(trainer._folder)
 
 
 def test_a_store_that_does_not_open_costs_no_run_its_result(job: Path):

@@ -25,7 +25,8 @@ class DatasetDescription:
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What is known of a run before its first step. `resume_run_id` continues that MLflow run.
+    """What is known of a run before its first step. `resume_run_id` continues that MLflow run. `is_resumed`: it goes on
+    from a checkpoint, whether or not MLflow has a run of it.
 
     `tags` gets distrain.version and distrain.config_sha256 by itself.
     """
@@ -37,6 +38,7 @@ class RunDescription:
     datasets: tuple[DatasetDescription, ...] = ()
     run_name: str | None = None  # None: MLflow makes one up
     resume_run_id: str | None = None
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)

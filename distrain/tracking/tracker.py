@@ -7,9 +7,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import quote
 
 from distrain.errors import TrackingError, TrackingRefused
 from distrain.process import run_in_the_background
@@ -151,7 +151,7 @@ class MlflowTracker:
         self._description = run
         is_local = spool_dir is not None and "://" not in str(spool_dir)
         self._spool_dir = Path(str(spool_dir)) if is_local else Path(tempfile.gettempdir())
-        unopened = "unopened" if is_local else quote(str(spool_dir or run.run_name), safe="")
+        unopened = "unopened" if is_local else sha256(str(spool_dir or run.run_name).encode()).hexdigest()[:16]
         self._waiting = self._spool(run.resume_run_id or unopened)
         self._notify = notify or logging.getLogger("distrain").warning
         self._inbox = Inbox(settings.every_steps)
@@ -281,8 +281,11 @@ class MlflowTracker:
         self._wanted.wait()
         if self._is_given_up:
             return
+        self._forget_another_attempt()
         writer = self._try_to_open() or self._try_again()
         if writer is None:
+            self._stop.wait()
+            self._keep()
             return
         while not self._stop.wait(_FLUSH_S):
             writer.deliver()
@@ -299,12 +302,21 @@ class MlflowTracker:
             if (writer := self._try_to_open()) is not None:
                 self._notify(f"MLflow's store has opened: this is its run {self.run_id}")
                 return writer
-        self._keep()
         return None
+
+    def _forget_another_attempt(self) -> None:
+        """Points of an attempt that ended before its first checkpoint are of no run that goes on."""
+        goes_on = self._description.is_resumed or self._description.resume_run_id is not None
+        if self._waiting and not goes_on:
+            self._notify(f"points of an earlier attempt, which MLflow never got, are dropped: {self._waiting.path}")
+            with suppress(OSError):
+                self._waiting.path.unlink()
 
     def _keep(self) -> None:
         """Spool what waits, for who resumes the run."""
         points = self._inbox.take_points(0, 0, finish=True)
+        if not points:
+            return
         try:
             self._waiting.append(points)
         except OSError as error:

@@ -295,13 +295,51 @@ def test_points_of_a_run_that_the_store_never_opened_for_reach_it_when_the_run_i
     num_points = len(spool.read_text().splitlines())
     assert notes[1:] == [f"{num_points} points for MLflow wait in {spool} for the run to be resumed"]
     appear()
-    again = make_tracker(settings, DESCRIPTION, tmp_path, notes.append)
+    again = make_tracker(settings, replace(DESCRIPTION, is_resumed=True), tmp_path, notes.append)
     again.start()
     for number in range(6, 16):  # the checkpoint was older than the last point
         again.step(step(number, time_ms=START_MS + 99_000 + number))
     assert again.finish("FINISHED") and len(notes) == 2
     assert steps_of(client, uri, again.run_id) == list(range(1, 16))
     assert [path.name for path in tmp_path.glob("*.jsonl")] == []
+
+
+def test_points_of_an_attempt_that_left_no_checkpoint_are_not_those_of_the_next(late_store, client, tmp_path):
+    uri, appear = late_store
+    notes = []
+    tracker = make_tracker(TrackingConfig(uri=uri, every_steps=1), DESCRIPTION, tmp_path, notes.append)
+    tracker.start()
+    for number in range(1, 31):
+        tracker.step(step(number))
+    assert not tracker.finish("FAILED")
+    appear()
+    again = make_tracker(TrackingConfig(uri=uri, every_steps=1), DESCRIPTION, tmp_path, notes.append)
+    again.start()
+    for number in range(1, 4):
+        again.step(step(number))
+    assert again.finish("FINISHED") and "points of an earlier attempt" in notes[-1]
+    assert steps_of(client, uri, again.run_id) == [1, 2, 3]
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == []
+
+
+def test_points_of_a_run_that_the_store_refused_wait_too(store, client, tmp_path):
+    refused = replace(DESCRIPTION, resume_run_id="f" * 32, is_resumed=True)
+    tracker = make_tracker(TrackingConfig(uri=store, every_steps=1), refused, tmp_path, print)
+    tracker.start()
+    tracker.step(step(1))
+    with pytest.raises(TrackingRefused):
+        tracker.wait_ready()
+    assert not tracker.finish("FAILED")
+    assert "train/loss" in (tmp_path / f"mlflow-{'f' * 32}.jsonl").read_text()
+
+
+def test_points_wait_for_a_run_in_an_object_store_however_long_its_name(late_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    tracker = make_tracker(TrackingConfig(uri=late_store[0]), DESCRIPTION, "s3://bucket/" + "long" * 100, print)
+    tracker.start()
+    tracker.step(step(1))
+    assert not tracker.finish("FAILED")
+    assert len(list((tmp_path / "temporary").glob("mlflow-*.jsonl"))) == 1
 
 
 def test_points_that_cannot_be_kept_are_counted(late_store, tmp_path):
