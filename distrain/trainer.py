@@ -57,7 +57,7 @@ from distrain.records import Event, Report
 from distrain.run_lock import is_trained, run_lock
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.loss_scale import first_scale
-from distrain.server.stopping import HIGHER_IS_BETTER, best_metric
+from distrain.server.stopping import HIGHER_IS_BETTER, Stopping, best_metric
 from distrain.signals import SIGNALS, StopSignals
 from distrain.step_sums import StepSums
 from distrain.storage import Mirror, Place, place
@@ -231,6 +231,10 @@ class Trainer:
                 if is_superseded(self._checkpoint.path):
                     self._branch(self._checkpoint.path)
             self._note_other_bits(self._checkpoint)
+            if (why := self._is_over(self._checkpoint)) is not None:
+                self._progress.note(
+                    f"the run is over: {why}. With another early_stopping, target or convergence it would train on"
+                )
         with run_lock(self._folder):
             return self._run(preparation, signals)
 
@@ -305,6 +309,12 @@ class Trainer:
             f"{begins.parent} holds later checkpoints, which stay: from {begins.name} on this is a run of its own, "
             f"{self.run_name}"
         )
+
+    def _is_over(self, checkpoint: Checkpoint) -> str | None:
+        """Why one of its rules has ended the run, where it has them still."""
+        stopping = Stopping(self.config.early_stopping, self.config.convergence, self.config.target)
+        stopping.load_state_dict(checkpoint.manifest["state"]["stopping"])
+        return stopping.ended
 
     def _note_other_bits(self, checkpoint: Checkpoint) -> None:
         """Say where the weights will not be the same to the bit as those of the run without the break."""

@@ -122,7 +122,7 @@ class Dataset:
                 if position >= stop and stop < group.num_rows:
                     return
         except _READ_ERRORS as error:
-            null = _null_list(where, (*self.columns.read, *also))
+            null = _null_list(where, (*self.columns.read, *also)) if isinstance(error, pa.ArrowInvalid) else None
             raise null or DataError(f"{where}: cannot be read: {_said(error)}") from error
         if position != group.num_rows:
             raise DataError(f"{where}: the footer says {group.num_rows} rows, and {position} came: the file is damaged")
@@ -298,7 +298,8 @@ def _null_list(where: Location, names: tuple[str, ...]) -> DataError | None:
         schema = footer.schema.to_arrow_schema()
         parquet = pq.ParquetFile(source, metadata=_of_parquets_types(footer), pre_buffer=False)
         for name in names:
-            if not pa.types.is_fixed_size_list(schema.field(name).type):
+            index = schema.get_field_index(name)
+            if index < 0 or not pa.types.is_fixed_size_list(schema.field(index).type):
                 continue
             first = 0
             for batch in parquet.iter_batches(_LOOK_ROWS, [where.row_group], [name], use_threads=False):

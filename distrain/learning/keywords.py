@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -53,11 +54,13 @@ def _fit(value: Any, annotation: str) -> Any:
         return tuple(items) if "tuple" in kinds else items
     if isinstance(value, bool):
         fits = "bool" in kinds
-    elif isinstance(value, int | float) and abs(value) <= sys.float_info.max:  # neither infinite nor NaN
+    elif (isinstance(value, float) and not math.isnan(value)) or (
+        isinstance(value, int) and abs(value) <= sys.float_info.max
+    ):
         if "float" in kinds:
             return float(value)
-        if "int" in kinds and value == int(value):
-            return int(value)
+        if "int" in kinds:  # torch takes fractions and infinities for most
+            return int(value) if math.isfinite(value) and value == int(value) else value
         fits = False
     else:
         fits = (value is None and "None" in kinds) or (isinstance(value, str) and bool(kinds & {"str", "Literal"}))

@@ -97,10 +97,10 @@ def check_optimizer(config: OptimizerConfig) -> list[tuple[str, str]]:
     return problems
 
 
-def trial(config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over two weights that have a gradient, in the groups that a model's parameters come in."""
-    # Of two dimensions each, since Muon takes no others.
-    weights = nn.ParameterDict({"weight": torch.ones(1, 1), "bias": torch.ones(1, 1)})
+def trial(config: OptimizerConfig, names: Sequence[str] = ("weight", "bias")) -> torch.optim.Optimizer:
+    """The optimizer over weights of these names that have a gradient, in the groups that a model's parameters come
+    in."""
+    weights = nn.ParameterDict({name: torch.ones(1, 1) for name in names})  # Muon takes no others than two-dimensional
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
     return _make(weights, config)

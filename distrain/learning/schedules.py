@@ -187,15 +187,19 @@ def check_schedule(config: ScheduleConfig | None, optimizer: OptimizerConfig | N
 
 
 def _try(config: ScheduleConfig, optimizer: OptimizerConfig) -> list[tuple[str, str]]:
-    """What torch has against a schedule's values, found by one update."""
-    tried = trial(optimizer)
-    try:
-        schedule = _make(tried, config)
-        tried.step()
-        schedule.step(*((1.0,) if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else ()))
-    except Exception as error:  # what a value out of bounds raises is torch's own business
-        return [("schedule", refusal(f"torch.optim.lr_scheduler.{config.name}", config.options, error))]
-    return []
+    """What torch has against a schedule's values, found by one update. Lists have a value for each group: that may be a
+    model's whose biases are a group of their own, or that of one without any."""
+    found = []
+    for names in (("weight", "bias"), ("weight",)):
+        tried = trial(optimizer, names)
+        try:
+            schedule = _make(tried, config)
+            tried.step()
+            schedule.step(*((1.0,) if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else ()))
+            return []
+        except Exception as error:  # what a value out of bounds raises is torch's own business
+            found.append(refusal(f"torch.optim.lr_scheduler.{config.name}", config.options, error))
+    return [("schedule", found[0])]
 
 
 def _build(optimizer: torch.optim.Optimizer, config: ScheduleConfig) -> Any:

@@ -419,7 +419,7 @@ class Hosts:
 
         Where "param_groups" have no options, or there are none, the optimizer's are those it has.
         """
-        self._step = step
+        self._step = self._averaged_at = step  # a checkpoint has the averages of all slices
         scalars = {**scalars, "param_groups": with_options(self._server.optimizer, scalars["param_groups"])}
         self._restored = (tensors, scalars) if self.is_sliced else None
         mine = optimizer_of(self._server.indices_in(self._server.span), tensors, scalars)

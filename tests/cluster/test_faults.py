@@ -297,11 +297,11 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: str, job: Pa
         pytest.skip("a small disk can be mounted by root only")
 
     class Filler(Watcher):
-        """Fills the disk at step 100, and makes room again at step 300."""
+        """Fills the disk as soon as there are steps, and makes room again once that was said."""
 
-        def report(self, report: Report) -> None:
-            super().report(report)
-            if self.seen and self.seen[-1][1] >= 300:
+        def note(self, message: str) -> None:
+            super().note(message)
+            if message.startswith("no checkpoint of step "):
                 (disk / "filler").unlink(missing_ok=True)
 
     def fill() -> None:
@@ -309,7 +309,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(undisturbed: str, job: Pa
             while True:
                 filler.write(bytes(1024))
 
-    watcher = Filler(fill)
+    watcher = Filler(fill, step=1)
     try:
         config = load_config(job, ["workers.count=2", f"checkpoint.dir={disk}", "checkpoint.keep=1"])
         result = Trainer(config, watcher).fit()

@@ -61,6 +61,8 @@ def test_a_whole_number_is_of_the_stated_kind_however_it_is_written(number: int)
         {"nesterov": True},
         {"mode": "b"},
         {"untyped": {"any": "thing"}},
+        {"steps": 1.5},  # which torch takes for most of its counts
+        {"steps": float("inf")},
     ],
 )
 def test_what_fits_stays(values: dict):
@@ -72,18 +74,16 @@ def test_what_fits_stays(values: dict):
     ("key", "value", "said"),
     [
         ("steps", "abc", "expected an integer, got 'abc'"),
-        ("steps", 1.5, "expected an integer, got 1.5"),
         ("steps", [1], "expected an integer, got [1]"),
         ("steps", None, "expected an integer, got None"),
         ("steps", True, "expected an integer, got true"),
-        ("steps", float("inf"), "expected an integer, got inf"),
         ("steps", 10**400, f"expected an integer, got 1{'0' * 76}..."),
         ("factor", "x", "expected a number, got 'x'"),
         ("factor", float("nan"), "expected a number, got nan"),
         ("rates", {}, "expected a number or a list, got {}"),
         ("betas", 0.9, "expected a list, got 0.9"),
         ("betas", [0.9, "x"], "expected a number, got 'x'"),
-        ("milestones", [3, 4.5], "expected an integer, got 4.5"),
+        ("milestones", [3, "x"], "expected an integer, got 'x'"),
         ("nesterov", "no", "expected true or false, got 'no'"),
         ("nesterov", 0, "expected true or false, got 0"),
         ("mode", 3, "expected a text, got 3"),

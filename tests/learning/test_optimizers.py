@@ -285,6 +285,8 @@ def test_a_trial_has_the_groups_that_weight_decay_makes():
     two = ScheduleConfig(name="OneCycleLR", max_lr=[0.1, 0.2], total_steps=1)
     assert check_optimization(OptimizerConfig(weight_decay=0.1), two) == []
     assert check_optimization(OptimizerConfig(), two)[0][1].endswith("param_groups has 1.")
+    one = ScheduleConfig(name="OneCycleLR", max_lr=[0.1], total_steps=1)  # for a model without biases
+    assert check_optimization(OptimizerConfig(weight_decay=0.1), one) == []
 
 
 def test_a_power_that_overflows_ends_in_plain_words():
