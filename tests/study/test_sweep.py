@@ -156,9 +156,8 @@ def test_a_grid_that_cannot_run_is_refused_before_anything_starts(tmp_path: Path
     write_job(tmp_path, shards=None, server={"mode": "async"})
     done = sweep(tmp_path, "--grid", "batch_size=1,2", "--grid", "workers.count=2,4")
     assert done.code == 2
-    assert [line for line in done.stderr.splitlines() if "batch_size is" in line] and not (
-        tmp_path / "checkpoints"
-    ).exists()
+    assert "batch_size: 1 rows for 2 shards: with server.mode: async" in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
     assert sweep(tmp_path).code == 2
 
 
