@@ -98,7 +98,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(addr
     except AssertionError:
         pytest.fail(run(address, tmp_path, "logs", job_id).stdout)
     twice = run(address, tmp_path, "submit", "job.yaml", "--name", "steady")
-    assert twice.code == 2 and f"job {job_id} is RUNNING and trains 'steady'" in twice.stderr
+    assert twice.code == 2 and f"job {job_id} is RUNNING and trains {folder}: " in twice.stderr
     assert run(address, tmp_path, "stop", job_id).stdout.strip() == "stopped"
     assert run(address, tmp_path, "status", job_id).stdout.startswith("STOPPED")
     newest = max(folder.glob("step-*"))
