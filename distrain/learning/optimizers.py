@@ -20,6 +20,7 @@ _REFUSED = {
     "SparseAdam": "it takes sparse gradients only, and workers push dense ones",
     "Optimizer": "it is the base class",
 }
+_WRAPPED = ("add_param_group", "state_dict", "load_state_dict")  # beside `step`
 _OURS = {"self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -62,7 +63,7 @@ def _bare(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The same class without torch's wrappers. Those of torch.compile load torch._dynamo, which takes a second; that of
     profilers and step hooks, between other processes' work and out of the cache, is a third of what Adam takes for
     75,000 parameters (120 of 400 microseconds)."""
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "load_state_dict")}
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in _WRAPPED}
     step = torch.no_grad()(inspect.unwrap(kind.step))
     step.hooked = True  # or torch wraps it again
     return type(kind.__name__, (kind,), {**methods, "step": step})

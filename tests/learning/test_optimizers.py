@@ -102,6 +102,19 @@ def test_what_is_a_tuple_in_torch_may_be_a_list_or_one():
         assert optimizer.param_groups[0]["betas"] == (0.0, 0.9)
 
 
+def test_no_update_or_checkpoint_waits_for_what_takes_torch_a_second_to_load():
+    code = (
+        "import sys, torch; from distrain.config import OptimizerConfig;"
+        "from distrain.learning.optimizers import build_optimizer;"
+        "from distrain.learning.optimizer_state import pack_optimizer, unpack_optimizer;"
+        "model = torch.nn.Linear(2, 1); optimizer = build_optimizer(model, OptimizerConfig());"
+        "model(torch.ones(1, 2)).sum().backward(); optimizer.step();"
+        "unpack_optimizer(optimizer, *pack_optimizer(optimizer)); optimizer.step();"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_trial_does_without_what_takes_torch_a_second_to_load():
     code = (
         "import sys; from distrain.config import OptimizerConfig, ScheduleConfig;"
