@@ -30,13 +30,13 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from distrain.errors import ClusterError, ConfigError
 from distrain.progress.standing import size
+from distrain.signals import STOP_WAIT, STOP_WAIT_S
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _AGENT_S = 60.0  # for the head's agent, which takes a job, to come up
 _ANSWER_S = 10.0
-_GRACE_S = 60  # between a stop's SIGTERM and SIGKILL: for the step and the checkpoint
-_STOP_S = _GRACE_S + 30.0  # for a job that was asked to stop to have ended
+_STOP_S = STOP_WAIT_S + 30.0  # for a job that was asked to stop to have ended
 _PAUSE_S = 0.5
 _PATIENCE_S = 60.0  # for a dashboard that went away to come back
 _SILENCE_S = 60.0  # then the log is asked for anew: a connection that broke unseen is silent too
@@ -102,7 +102,7 @@ class Jobs:
         environment = {
             "working_dir": str(here),
             "excludes": _EXCLUDES,
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_GRACE_S)},
+            "env_vars": {STOP_WAIT: str(STOP_WAIT_S)},
         }
         metadata = {}
         if run is not None:

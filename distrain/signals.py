@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's variable: between SIGTERM and SIGKILL where a job is stopped
+STOP_WAIT_S = 60  # for the step and the checkpoint
 _SHOW_CURSOR = b"\x1b[?25h"  # which live lines hide
 
 

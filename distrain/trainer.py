@@ -58,13 +58,11 @@ from distrain.run_lock import is_trained, run_lock
 from distrain.server.loop import LoopSettings, Outcome
 from distrain.server.loss_scale import first_scale
 from distrain.server.stopping import HIGHER_IS_BETTER, Stopping, best_metric
-from distrain.signals import SIGNALS, StopSignals
+from distrain.signals import SIGNALS, STOP_WAIT, STOP_WAIT_S, StopSignals
 from distrain.step_sums import StepSums
 from distrain.storage import Mirror, Place, place
 from distrain.tracking import DatasetDescription, RunDescription, Tracker, check_reachable, make_tracker
 from distrain.worker import WorkerOptions
-
-_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 
 
 @dataclass(frozen=True)
@@ -329,10 +327,10 @@ class Trainer:
 
     def _train(self, preparation: Preparation, cluster: Cluster, tracker: Tracker) -> Result:
         self._progress.phase("starting workers")
-        if submitted_job_id() is not None and _STOP_WAIT not in os.environ:
-            variables = json.dumps({"env_vars": {_STOP_WAIT: "60"}})
+        if submitted_job_id() is not None and STOP_WAIT not in os.environ:
+            variables = json.dumps({"env_vars": {STOP_WAIT: str(STOP_WAIT_S)}})
             self._progress.note(
-                f"{_STOP_WAIT} is not set: Ray kills a stopped job after 3 s, perhaps before its checkpoint is there. "
+                f"{STOP_WAIT} is not set: Ray kills a stopped job after 3 s, perhaps before its checkpoint is there. "
                 f"Submit with distrain submit, or with --runtime-env-json '{variables}'"
             )
         if cluster.resources.shared_cores:
